@@ -1,0 +1,499 @@
+"""Directories on disk -> verified weights, and back.
+
+A load is believed only once every weight the model uses was found on disk, every weight on disk was used (or is one that
+the adapter lists), and every used value is finite. transformers alone would fill a missing weight with random numbers and
+leave a line in the log.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from nla_hub.adapters import Adapter, adapter_for
+from nla_hub.errors import CheckpointError, SidecarError, WeightsError
+from nla_hub.log import logger
+from nla_hub.sidecar import Sidecar, Site
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+HEAD_NAME = "value_head.safetensors"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How weights become modules; the keywords of transformers' `from_pretrained`.
+
+    `dtype` "auto" is float32 on a CPU and bfloat16 elsewhere. `device_map` None is the first accelerator, or the CPU.
+    """
+
+    dtype: str | torch.dtype = "auto"
+    device_map: Any = None
+    quantization_config: Any = None
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+
+    def placement(self) -> Any:
+        """The device map that is used."""
+        if self.device_map is not None:
+            return self.device_map
+        return {"": torch.accelerator.current_accelerator() or "cpu"} if torch.accelerator.is_available() else {"": "cpu"}
+
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype that weights are loaded in."""
+        if isinstance(self.dtype, torch.dtype):
+            return self.dtype
+        if self.dtype == "auto":
+            place = self.placement()
+            on_cpu = str(place) == "cpu" or (isinstance(place, dict) and {str(v) for v in place.values()} == {"cpu"})
+            return torch.float32 if on_cpu else torch.bfloat16
+        found = getattr(torch, self.dtype, None)
+        if not isinstance(found, torch.dtype) or not found.is_floating_point:
+            raise CheckpointError(
+                "Unknown dtype.", got=repr(self.dtype), expected="'auto', 'float32', 'bfloat16' or 'float16'"
+            )
+        return found
+
+
+# -- what is on disk -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor lies: file, shape and safetensors dtype name ("F32", "BF16", ...)."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class WeightIndex:
+    """All tensors of a model directory, from the headers alone."""
+
+    directory: Path
+    tensors: dict[str, StoredTensor] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, directory: Path) -> WeightIndex:
+        """Read and check the headers of every shard.
+
+        Raises:
+            WeightsError: no safetensors (pickled weights are refused), a missing or truncated shard, a header larger than
+                its file, an index that points outside the directory or disagrees with the shards.
+        """
+        index_path, single = directory / INDEX_NAME, directory / WEIGHTS_NAME
+        if index_path.is_file():
+            return cls(directory, _read_sharded(directory, index_path))
+        if single.is_file():
+            return cls(directory, read_header(inside(directory, WEIGHTS_NAME)))
+        pickled = sorted(p.name for p in directory.glob("*") if p.suffix in PICKLED)
+        if pickled:
+            raise WeightsError(
+                "This checkpoint has pickled weights only; loading them could run a stranger's code.",
+                where=directory,
+                got=", ".join(pickled[:3]),
+                expected=f"{WEIGHTS_NAME} or {INDEX_NAME}",
+                next_step="ask its author for safetensors, or convert it where you trust it (save_pretrained writes them)",
+            )
+        raise WeightsError("This directory has no weights.", where=directory, expected=f"{WEIGHTS_NAME} or {INDEX_NAME}")
+
+
+def inside(directory: Path, name: str) -> Path:
+    """`directory / name`, refused where it leaves the directory or its links run in a circle.
+
+    A downloaded snapshot links its files into the cache's blobs: such a link, one hop to a plain file, is followed.
+    """
+    if Path(name).is_absolute() or ".." in Path(name).parts or Path(name).name != name:
+        raise WeightsError("The index points outside the checkpoint.", where=directory, got=repr(name))
+    path = directory / name
+    try:
+        real = path.resolve(strict=True)
+    except (RuntimeError, OSError) as cause:
+        looped = isinstance(cause, RuntimeError) or getattr(cause, "errno", None) == 40  # ELOOP
+        what = "This link runs in a circle." if looped else "This file is missing."
+        raise WeightsError(what, where=path, next_step="download the checkpoint again") from cause
+    allowed = [directory.resolve()]
+    if directory.parent.name == "snapshots":
+        allowed.append(directory.resolve().parent.parent)
+    if not any(real.is_relative_to(root) for root in allowed):
+        raise WeightsError("This link leads outside the checkpoint.", where=path, got=real)
+    return path
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file, from its header; raises a WeightsError where the file is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            result = {}
+            for name in file.keys():  # noqa: SIM118 -- safe_open is no mapping
+                part = file.get_slice(name)
+                result[name] = StoredTensor(path, tuple(part.get_shape()), part.get_dtype())
+            return result
+    except (SafetensorError, OSError, ValueError) as cause:
+        raise WeightsError(
+            f"This file is damaged or incomplete: {cause}",
+            where=path,
+            next_step="download it again (force_download=True), or copy it again",
+        ) from cause
+
+
+def _read_sharded(directory: Path, index_path: Path) -> dict[str, StoredTensor]:
+    try:
+        weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
+        assert isinstance(weight_map, dict)
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as cause:
+        raise WeightsError("This index cannot be read.", where=index_path, next_step="download it again") from cause
+    found: dict[str, StoredTensor] = {}
+    for name in sorted({str(v) for v in weight_map.values()}):
+        found |= read_header(inside(directory, name))
+    faults = [f"missing from its shard {weight_map[n]}: {n}" for n in weight_map if n not in found]
+    faults += [f"in a shard, but not in the index: {n}" for n in found if n not in weight_map]
+    if faults:
+        raise WeightsError("Index and shards disagree.", where=index_path, faults=_shorten(faults))
+    return found
+
+
+def _shorten(faults: Sequence[str], at_most: int = 8) -> list[str]:
+    rest = len(faults) - at_most
+    return [*faults[:at_most], *([f"... and {rest} more"] if rest > 0 else [])]
+
+
+# -- configs and tokenizers ----------------------------------------------------------------------------------------------
+
+
+def load_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
+    """The transformers config of a directory; raises a CheckpointError where it is missing or cannot be read."""
+    if not (directory / "config.json").is_file():
+        raise CheckpointError("This directory has no config.json.", where=directory)
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except Exception as cause:  # configs of strangers fail in every way there is
+        raise CheckpointError(
+            f"Its config.json cannot be used: {_first_line(cause)}",
+            where=directory,
+            next_step="pass trust_remote_code=True only if you have read the repository's code",
+        ) from cause
+
+
+def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
+    """The fast tokenizer of a directory; raises a CheckpointError where there is none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except Exception as cause:
+        raise CheckpointError(f"Its tokenizer cannot be loaded: {_first_line(cause)}", where=directory) from cause
+    if not tokenizer.is_fast:
+        raise CheckpointError(
+            "This tokenizer cannot tell where its tokens stand in the text.",
+            where=directory,
+            got=type(tokenizer).__name__,
+            expected="a fast tokenizer (tokenizer.json)",
+        )
+    return tokenizer
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a directory holds a tokenizer of its own."""
+    return any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"))
+
+
+def _first_line(cause: Exception) -> str:
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return lines[0] if lines else type(cause).__name__
+
+
+# -- models --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class LoadedModel:
+    """A verified model with the adapter that reads it."""
+
+    model: Any
+    adapter: Adapter
+    directory: Path
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return int(self.model.config.get_text_config().hidden_size)
+
+
+def load_causal_lm(directory: Path, options: LoadOptions) -> LoadedModel:
+    """A complete causal LM: an AV, or a source that is to be steered."""
+    config = load_config(directory, trust_remote_code=options.trust_remote_code)
+    adapter = adapter_for(config)
+    text = config.get_text_config()
+    wrapped = config.model_type in adapter.wrapper_types
+    mapping = {pattern: ("" if "lm_head" in pattern else "model.") for pattern in adapter.wrapper_key_mapping}
+    mapping = {r"^language_model\.lm_head\.": "lm_head.", **mapping} if wrapped else {}
+    return _load(directory, AutoModelForCausalLM, text, adapter, options, mapping=mapping)
+
+
+def load_trunk(directory: Path, site: Site, options: LoadOptions) -> LoadedModel:
+    """The embedding and the blocks that reach `site`, nothing above: a source for capture."""
+    config = load_config(directory, trust_remote_code=options.trust_remote_code)
+    adapter = adapter_for(config)
+    text = adapter.truncate_config(config.get_text_config(), site)
+    mapping = dict(adapter.wrapper_key_mapping) if config.model_type in adapter.wrapper_types else {}
+    droppable = [*_blocks_above(adapter, site), r"(^|\.)lm_head\."]
+    loaded = _load(directory, AutoModel, text, adapter, options, mapping=mapping, droppable=droppable)
+    adapter.drop_final_norm(loaded.model)
+    return loaded
+
+
+def load_ar(directory: Path, sidecar: Sidecar, options: LoadOptions) -> tuple[LoadedModel, nn.Linear]:
+    """The trunk of an AR (final norm gone) and its value head (float32).
+
+    Raises:
+        WeightsError: damaged, missing or non-finite weights, a head of the wrong shape, or a final norm that nobody
+            accounts for.
+    """
+    config = load_config(directory, trust_remote_code=options.trust_remote_code)
+    adapter = adapter_for(config)
+    if faults := sidecar.config_faults(config):
+        raise SidecarError("Sidecar and config.json disagree.", where=directory, faults=faults)
+    index = WeightIndex.read(directory)
+    norm_pattern = re.compile(rf"(^|\.){adapter.final_norm}\.weight$")
+    norm_names = [n for n in index.tensors if norm_pattern.search(n) and ".layers." not in n]
+    keep_norm = _keeps_norm(index, norm_names, sidecar)
+    droppable = [r"(^|\.)lm_head\.", *([] if keep_norm else [norm_pattern.pattern])]
+    may_miss = [] if norm_names else [norm_pattern.pattern]
+    loaded = _load(directory, AutoModel, config.get_text_config(), adapter, options, droppable=droppable, may_miss=may_miss)
+    if not keep_norm:
+        adapter.drop_final_norm(loaded.model)
+    device = next(loaded.model.parameters()).device
+    return loaded, load_head(directory, sidecar.d_model).to(device)
+
+
+def _keeps_norm(index: WeightIndex, names: Sequence[str], sidecar: Sidecar) -> bool:
+    if not names:
+        return False
+    weight = read_tensor(index.tensors[names[0]].file, names[0]).float()
+    if bool((weight == 1).all()):
+        logger.info("%s: dropped a final norm of ones", index.directory)
+        return False
+    if sidecar.final_norm_stripped is None:
+        raise WeightsError(
+            "This AR holds a trained final norm, and nothing says whether its head was trained behind it.",
+            where=index.directory,
+            next_step="ask its author, then write `final_norm_stripped: true` (ignore the norm) or `false` into the sidecar",
+        )
+    return not sidecar.final_norm_stripped
+
+
+def load_head(directory: Path, d_model: int) -> nn.Linear:
+    """The value head of an AR: Linear(d, d) in float32, with a bias where the file has one."""
+    tensors = read_header(inside(directory, HEAD_NAME)) if (directory / HEAD_NAME).exists() else None
+    if tensors is None:
+        raise WeightsError("This AR has no value head.", where=directory, expected=HEAD_NAME)
+    path = directory / HEAD_NAME
+    expected = {"weight": (d_model, d_model), "bias": (d_model,)}
+    faults = [f"unexpected: {name}" for name in tensors if name not in expected]
+    if "weight" not in tensors:
+        faults.append("missing: weight")
+    faults += [
+        f"{name}: got shape {t.shape}, expected {expected[name]}"
+        for name, t in tensors.items()
+        if name in expected and t.shape != expected[name]
+    ]
+    if faults:
+        raise WeightsError("This value head does not fit.", where=path, faults=faults)
+    head = nn.Linear(d_model, d_model, bias="bias" in tensors)
+    with torch.no_grad():
+        for name in tensors:
+            value = read_tensor(path, name)
+            if not bool(torch.isfinite(value).all()):
+                raise WeightsError(
+                    f"This value head is broken: {int((~torch.isfinite(value)).sum())} of {value.numel()} values are NaN or "
+                    "infinite.",
+                    where=path,
+                    next_step="ask its author to export it again; no reconstruction from it would mean anything",
+                )
+            cast(nn.Parameter, getattr(head, name)).copy_(value)
+    return head.requires_grad_(False)
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    """One tensor of a safetensors file."""
+    with safe_open(path, framework="pt") as file:
+        return cast(Tensor, file.get_tensor(name))
+
+
+def _blocks_above(adapter: Adapter, site: Site) -> list[str]:
+    # layers.K+1 and up, as a pattern over digits is unreadable: matched by number in `_matches`.
+    return [f"blocks>{adapter.blocks}>{site.layer}"]
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    for pattern in patterns:
+        if pattern.startswith("blocks>"):
+            _, blocks, last = pattern.split(">")
+            found = re.search(rf"(?:^|\.){blocks}\.(\d+)\.", name)
+            if found and int(found.group(1)) > int(last):
+                return True
+        elif re.search(pattern, name):
+            return True
+    return False
+
+
+def _load(
+    directory: Path,
+    auto_class: Any,
+    config: Any,
+    adapter: Adapter,
+    options: LoadOptions,
+    *,
+    mapping: dict[str, str] | None = None,
+    droppable: Sequence[str] = (),
+    may_miss: Sequence[str] = (),
+) -> LoadedModel:
+    index = WeightIndex.read(directory)
+    dtype = options.torch_dtype()
+    stored = {t.dtype for t in index.tensors.values()}
+    if "F32" in stored and dtype != torch.float32:
+        logger.info("%s: stored in float32, loaded in %s", directory, str(dtype).removeprefix("torch."))
+    extra: dict[str, Any] = {}
+    if mapping:
+        extra["key_mapping"] = mapping
+    if options.quantization_config is not None:
+        extra["quantization_config"] = options.quantization_config
+    if options.attn_implementation is not None:
+        extra["attn_implementation"] = options.attn_implementation
+    try:
+        with _without_load_report():
+            model, info = auto_class.from_pretrained(
+                directory,
+                config=config,
+                dtype=dtype,
+                device_map=options.placement(),
+                use_safetensors=True,
+                output_loading_info=True,
+                trust_remote_code=options.trust_remote_code,
+                **extra,
+            )
+    except (RuntimeError, ValueError, OSError, KeyError, SafetensorError) as cause:
+        raise WeightsError(
+            f"The weights do not fit the architecture in config.json: {_first_line(cause)}", where=directory
+        ) from cause
+    missing = [n for n in info["missing_keys"] if not _matches(n, may_miss)]
+    unexpected = [n for n in info["unexpected_keys"] if not _matches(n, [*droppable, *adapter.ignored_weights])]
+    dropped = len(info["unexpected_keys"]) - len(unexpected)
+    if dropped:
+        logger.debug("%s: %d weights on disk are not needed here", directory, dropped)
+    faults = [f"missing: {n}" for n in sorted(missing)] + [f"unexpected: {n}" for n in sorted(unexpected)]
+    if faults:
+        raise WeightsError(
+            f"{len(missing)} weights are missing and {len(unexpected)} unexpected; a missing weight would be random.",
+            where=directory,
+            faults=_shorten(faults),
+            next_step="check that the directory holds the whole model, and that its adapter is the right one",
+        )
+    require_finite_weights(model, directory, but=may_miss)
+    model.eval().requires_grad_(False)
+    return LoadedModel(model, adapter, directory)
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Silence transformers' own table of missing and unexpected weights: what it lists is judged right after."""
+    report = logging.getLogger("transformers.modeling_utils")
+    report.addFilter(_keep_all_but_report)
+    try:
+        yield
+    finally:
+        report.removeFilter(_keep_all_but_report)
+
+
+def _keep_all_but_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
+
+
+def require_finite_weights(model: nn.Module, where: object, *, but: Sequence[str] = ()) -> None:
+    """Raise a WeightsError that names every weight with a NaN or infinite value."""
+    broken = [
+        name
+        for name, value in [*model.named_parameters(), *model.named_buffers()]
+        if value.is_floating_point() and not _matches(name, but) and not bool(torch.isfinite(value).all())
+    ]
+    if broken:
+        raise WeightsError(
+            f"{len(broken)} weights hold NaN or infinite values.",
+            where=where,
+            faults=_shorten(broken),
+            next_step="download it again; if it stays, ask its author to export it again",
+        )
+
+
+# -- writing -------------------------------------------------------------------------------------------------------------
+
+
+def save_av(directory: Path, model: Any, tokenizer: Any, sidecar: Sidecar, *, dtype: torch.dtype) -> None:
+    """Write an AV in the layout of the released ones: a complete causal LM, tokenizer, sidecar."""
+    _save_model(directory, model, tokenizer, dtype)
+    sidecar.write(directory)
+
+
+def save_ar(
+    directory: Path,
+    model: Any,
+    head: nn.Linear,
+    tokenizer: Any,
+    sidecar: Sidecar,
+    *,
+    dtype: torch.dtype,
+    head_dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write an AR in the layout of the released ones: trunk without final norm and lm_head, value head, sidecar.
+
+    `model` is the trunk (see `load_ar`); weight names get the causal LM's prefix, as released ones have it.
+    """
+    require_finite_weights(model, type(model).__name__)
+    require_finite_weights(head, "value head")
+    prefix = f"{model.base_model_prefix}."
+    state = {f"{prefix}{name}": value for name, value in model.state_dict().items()}
+    _save_state(directory, state, dtype)
+    _save_config(directory, model.config, dtype)
+    _save_state(directory, dict(head.state_dict()), head_dtype, HEAD_NAME)
+    tokenizer.save_pretrained(directory)
+    sidecar.write(directory)
+
+
+def _save_model(directory: Path, model: Any, tokenizer: Any, dtype: torch.dtype) -> None:
+    require_finite_weights(model, type(model).__name__)
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    state = {n: v for n, v in model.state_dict().items() if not (tied and n.startswith("lm_head."))}
+    _save_state(directory, state, dtype)
+    _save_config(directory, model.config, dtype)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def _save_config(directory: Path, config: Any, dtype: torch.dtype) -> None:
+    config = copy.deepcopy(config)
+    config.dtype = dtype
+    config.save_pretrained(directory)
+
+
+def _save_state(directory: Path, state: dict[str, Tensor], dtype: torch.dtype, name: str = WEIGHTS_NAME) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    stored = {key: value.detach().to("cpu", dtype).contiguous() for key, value in state.items()}
+    for key, value in stored.items():
+        if not bool(torch.isfinite(value).all()):
+            raise WeightsError(f"{key} does not fit into {str(dtype).removeprefix('torch.')}.", where=directory)
+    save_torch_state_dict(stored, directory, filename_pattern=name.replace(".safetensors", "{suffix}.safetensors"))

@@ -1,0 +1,117 @@
+"""What an engine is: vectors in, completions out. Everything before (checking, keys) and after (parsing) is shared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from nla_hub.checkpoints import LoadedModel
+from nla_hub.errors import InjectionError
+from nla_hub.injection import Injector
+from nla_hub.prompts import AVPrompt
+from nla_hub.sidecar import Injection
+
+Finish = Literal["tag", "eos", "length"]
+
+
+@dataclass(frozen=True)
+class LoadedAV:
+    """An AV ready for an engine: verified weights, tokenizer, its one prompt, and the injector for its site."""
+
+    loaded: LoadedModel
+    tokenizer: Any
+    prompt: AVPrompt
+    injector: Injector
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the AV wrote for one vector.
+
+    Attributes:
+        ids: the new token ids, the stopping one included.
+        text: their decoded text, special tokens left out.
+        finish: stopped by the closing tag, by an end-of-sequence token, or by the length bound.
+        logprobs: log-probability of each new token under the distribution it was drawn from, float32 [len(ids)].
+    """
+
+    ids: tuple[int, ...]
+    text: str
+    finish: Finish
+    logprobs: Tensor
+
+
+class Engine(Protocol):
+    """Runs one AV.
+
+    A third party registers a class with this shape under the entry-point group `nla_hub.engines`.
+    """
+
+    name: ClassVar[str]
+    kinds: ClassVar[frozenset[str]]
+    """Injection kinds that this engine can do; others are refused at construction."""
+
+    def __init__(self, av: LoadedAV) -> None: ...
+
+    def generate(
+        self,
+        vectors: Tensor,
+        draws: Tensor | None,
+        *,
+        temperature: float,
+        max_new_tokens: int,
+        batch_size: int,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Completion]:
+        """One completion for each row of `vectors` (raw float32 [N, d]), in order.
+
+        Args:
+            draws: uniforms float64 [N, max_new_tokens], one a token; None is greedy.
+        """
+        ...
+
+    def probe(self) -> None:
+        """Raise an InjectionError unless the vector reaches the logits."""
+        ...
+
+    def close(self) -> None:
+        """Free what the engine holds besides the AV itself."""
+        ...
+
+
+def require_kind(engine: type[Engine], spec: Injection) -> None:
+    """Raise an InjectionError where an engine cannot do an AV's kind of injection."""
+    if spec.kind not in engine.kinds:
+        raise InjectionError(
+            f"The engine {engine.name!r} cannot inject the way this AV was trained.",
+            got=f"injection.kind {spec.kind!r}",
+            expected=" or ".join(sorted(engine.kinds)),
+            next_step='use engine="transformers"',
+        )
+
+
+def probe_vectors(d_model: int, n: int = 2) -> Tensor:
+    """A fixed pair of opposite random vectors float32 [n, d] to probe an engine with."""
+    one = torch.randn(1, d_model, generator=torch.Generator().manual_seed(0))
+    return torch.cat([one, -one])[:n]
+
+
+def require_sensitive(logprobs: Sequence[Tensor], engine: str) -> None:
+    """Raise an InjectionError where two opposite vectors give the same next-token log-probabilities."""
+    moved = float((logprobs[0].float() - logprobs[1].float()).abs().max())
+    if not moved > PROBE_THRESHOLD:
+        raise InjectionError(
+            "Two opposite vectors give the same next word: the vector does not reach the model.",
+            where=f"engine {engine!r}",
+            got=f"largest change of a log-probability {moved:.1e}",
+            expected=f"more than {PROBE_THRESHOLD:.0e}",
+            next_step="check the marker, its neighbours and the injection scale in the sidecar",
+        )
+
+
+PROBE_THRESHOLD = 1e-5
+"""Far above float32 noise (~1e-6) on one next-token distribution, far below any AV that reads its vector (> 0.01)."""

@@ -1,0 +1,158 @@
+"""Names. The spelling alone decides what a name means, never the file system:
+
+`tiny`, `qwen2.5-7b`, ...: a zoo entry. `owner/name` or `owner/name@revision`: the Hub. `./x`, `../x`, `/x`, `~/x` (or a
+Path): a directory.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
+
+from nla_hub import hub
+from nla_hub.errors import CheckpointError, InputError, UnknownNameError
+from nla_hub.hub import HubOptions
+from nla_hub.sidecar import SIDECAR_NAME
+
+PACKAGE_PREFIX = "package:"
+"""Inside zoo.yaml only: a directory of the installed package."""
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A parsed name: where a checkpoint is, nothing read yet."""
+
+    kind: Literal["zoo", "hub", "directory", "package"]
+    name: str
+    revision: str | None = None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether no download is involved."""
+        return self.kind in ("directory", "package")
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.revision}" if self.revision else self.name
+
+    def fetch(self, options: HubOptions, *, weights: bool = True) -> Path:
+        """The local directory of this checkpoint, downloaded where needed (without its weights if so asked)."""
+        if self.kind == "directory":
+            path = Path(self.name)
+            if not path.is_dir():
+                what = "This is a file, not a directory." if path.exists() else "There is no such directory."
+                raise CheckpointError(what, where=self.name, next_step="check the path; a Hub repository is written owner/name")
+            return path
+        if self.kind == "package":
+            return Path(str(files("nla_hub"))) / self.name
+        if self.kind == "hub":
+            patterns = hub.MODEL_FILES if weights else tuple(p for p in hub.MODEL_FILES if "safetensors" not in p)
+            return hub.fetch(self.name, revision=self.revision, options=options, files=patterns)
+        raise AssertionError(f"zoo name {self.name!r} was not resolved")
+
+
+def parse_name(name: str | os.PathLike[str], *, revision: str | None = None) -> Ref:
+    """What a name means; see the module's first lines.
+
+    Raises:
+        InputError: a name that is none of these, or a revision given twice.
+    """
+    if isinstance(name, os.PathLike):
+        return Ref("directory", str(Path(name).expanduser()))
+    if not isinstance(name, str) or not name.strip():
+        raise InputError("A name is expected here.", got=repr(name), expected="tiny, owner/name or ./directory")
+    if name.startswith(PACKAGE_PREFIX):
+        return Ref("package", name.removeprefix(PACKAGE_PREFIX))
+    if name.startswith(("./", "../", "/", "~")) or name in (".", ".."):
+        if revision is not None:
+            raise InputError("A directory has no revisions.", where=name, got=f"revision={revision!r}")
+        return Ref("directory", str(Path(name).expanduser()))
+    stem, at, given = name.partition("@")
+    if at and not given:
+        raise InputError("Nothing stands after the @.", where=name, expected="owner/name@revision")
+    if at and revision is not None and given != revision:
+        raise InputError("Two different revisions.", where=name, got=f"@{given} and revision={revision!r}")
+    revision = given or revision
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", stem):
+        return Ref("hub", stem, revision)
+    if "/" in stem or "\\" in stem:
+        raise InputError(
+            "This is neither a Hub name nor a directory.",
+            got=repr(name),
+            expected="owner/name, or ./path for a directory",
+        )
+    return Ref("zoo", stem, revision)
+
+
+@dataclass(frozen=True)
+class PairRefs:
+    """Where the two halves of a pair and their source are. `name` is what the user called it."""
+
+    name: str
+    av: Ref | None
+    ar: Ref | None
+    base: Ref | None
+
+
+def resolve_pair(
+    name: str | os.PathLike[str],
+    *,
+    ar: str | os.PathLike[str] | None = None,
+    base_model: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+) -> PairRefs:
+    """Find both halves of a pair and its source, as far as names and directory layout tell.
+
+    A directory may be an AV, or hold `av/`, `ar/` and perhaps `source/`; the AR of `x/av` is looked for at `x/ar`, and
+    `.../name-av` at `.../name-ar`. What the AV's sidecar says (`pair_repo`, `base_checkpoint`) is consulted later,
+    by `NLA.from_pretrained`.
+    """
+    explicit_ar = parse_name(ar) if ar is not None else None
+    explicit_base = parse_name(base_model) if base_model is not None else None
+    ref = parse_name(name, revision=revision)
+    if ref.kind == "zoo":
+        from nla_hub.zoo import zoo
+
+        entries = zoo()
+        if ref.name not in entries:
+            hint = None
+            if Path(ref.name).is_dir():
+                hint = f"For the directory of that name write ./{ref.name}"
+            raise UnknownNameError("pair in the zoo", ref.name, entries, next_step=hint)
+        entry = entries[ref.name]
+        av = parse_name(entry.av, revision=entry.av_revision)
+        if ref.revision is not None:
+            av = Ref(av.kind, av.name, ref.revision)
+        return PairRefs(
+            ref.name,
+            av,
+            explicit_ar or parse_name(entry.ar, revision=entry.ar_revision),
+            explicit_base or parse_name(entry.base, revision=entry.base_revision),
+        )
+    if ref.kind == "hub":
+        sibling = Ref("hub", re.sub(r"-av$", "-ar", ref.name)) if ref.name.endswith("-av") else None
+        return PairRefs(str(ref), ref, explicit_ar or sibling, explicit_base)
+    directory = ref.fetch(HubOptions())
+    if not (directory / SIDECAR_NAME).exists() and (directory / "av").is_dir():
+        return PairRefs(
+            ref.name,
+            _directory(directory / "av"),
+            explicit_ar or _directory(directory / "ar"),
+            explicit_base or _directory(directory / "source"),
+        )
+    beside = directory.resolve().parent
+    mine = directory.resolve().name
+    other = re.sub(r"(^|-)av$", r"\1ar", mine)
+    return PairRefs(
+        ref.name,
+        ref,
+        explicit_ar or (_directory(beside / other) if other != mine else None),
+        explicit_base or _directory(beside / "source"),
+    )
+
+
+def _directory(path: Path) -> Ref | None:
+    return Ref("directory", str(path)) if path.is_dir() else None

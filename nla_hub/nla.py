@@ -1,0 +1,502 @@
+"""The front door: `NLA.from_pretrained(...)`, then capture, verbalize, reconstruct, score, explain, steer. Glue only."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, cast, overload
+
+import torch
+from torch import Tensor
+
+from nla_hub import registry
+from nla_hub.capture import Activations, Positions, capture
+from nla_hub.checkpoints import (
+    LoadedModel,
+    LoadOptions,
+    has_tokenizer,
+    load_ar,
+    load_causal_lm,
+    load_config,
+    load_tokenizer,
+    load_trunk,
+)
+from nla_hub.engines.base import Engine, LoadedAV
+from nla_hub.errors import CheckpointError, InputError, SidecarError
+from nla_hub.flags import row_flags
+from nla_hub.geometry import Reference, as_vectors, cosine, direction_mse
+from nla_hub.hub import HubOptions
+from nla_hub.injection import Injector
+from nla_hub.locate import PairRefs, Ref, parse_name, resolve_pair
+from nla_hub.log import logger
+from nla_hub.prompts import ARPrompt, AVPrompt, Content, Overflow, context_length
+from nla_hub.reconstructor import ARModel, Reconstructor
+from nla_hub.results import Explanation, Explanations, Scores
+from nla_hub.sidecar import Sidecar, Site
+from nla_hub.steering import SteeringVector
+from nla_hub.verbalizer import Verbalizer, as_keys
+
+Component = Literal["av", "ar"]
+EngineName = str
+
+
+@dataclass(frozen=True)
+class Source:
+    """The base model with its tokenizer: complete for steering, cut after block K for capture."""
+
+    loaded: LoadedModel
+    tokenizer: Any
+    name: str
+
+
+class NLA:
+    """A pair of AV and AR with the base model that they explain.
+
+    Build it with `NLA.from_pretrained`. The halves are loaded then; the source is loaded when it is first needed.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        av: Verbalizer | None,
+        ar: Reconstructor | None,
+        base: Ref | None,
+        hub_options: HubOptions | None = None,
+        load_options: LoadOptions | None = None,
+    ) -> None:
+        self.name = name
+        self._av = av
+        self._ar = ar
+        self._base = base
+        self._hub = hub_options or HubOptions()
+        self._load = load_options or LoadOptions()
+        half = av or ar
+        if half is None:
+            raise InputError("An NLA has at least one half.", expected='components "av", "ar" or both')
+        self._sidecar = half.sidecar
+
+    # -- loading ----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str] = "tiny",
+        *,
+        ar: str | os.PathLike[str] | None = None,
+        base_model: str | os.PathLike[str] | None = None,
+        components: Sequence[Component] = ("av", "ar"),
+        engine: EngineName = "auto",
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        device_map: Any = None,
+        dtype: str | torch.dtype = "auto",
+        quantization_config: Any = None,
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+        **deprecated: Any,
+    ) -> NLA:
+        """Load a pair, verified.
+
+        Args:
+            name: zoo name ("tiny"), Hub id of the AV ("owner/name" or "owner/name@revision"), or directory ("./path", a
+                Path) of the AV or of a folder with `av/`, `ar/` and perhaps `source/`.
+            ar, base_model: the other parts, where they are not found by the sidecar, the name or the layout.
+            components: which halves to load; the weights of the other are never opened.
+            engine: "auto" or a registered engine.
+            revision: of the AV. token, cache_dir, local_files_only, force_download: as in transformers.
+            device_map, dtype, quantization_config, attn_implementation, trust_remote_code: as in transformers. dtype
+                "auto" is float32 on a CPU and bfloat16 elsewhere.
+
+        Raises:
+            UnknownNameError, HubError and its children, CheckpointError and its children, InjectionError (the vector does
+            not reach the AV's logits).
+        """
+        if "torch_dtype" in deprecated:
+            warnings.warn("torch_dtype is called dtype now", FutureWarning, stacklevel=2)
+            dtype = deprecated.pop("torch_dtype")
+        if deprecated:
+            raise TypeError(f"from_pretrained() got unexpected keywords: {', '.join(sorted(deprecated))}")
+        wanted = _check_components(components)
+        hub_options = HubOptions(token, cache_dir, local_files_only, force_download)
+        options = LoadOptions(dtype, device_map, quantization_config, attn_implementation, trust_remote_code)
+        refs = resolve_pair(name, ar=ar, base_model=base_model, revision=revision)
+        av_dir, av_sidecar = _open_half(refs.av, "av", hub_options, weights="av" in wanted) if refs.av else (None, None)
+        if av_sidecar is not None and refs.ar is None and av_sidecar.pair_repo is not None:
+            refs = PairRefs(refs.name, refs.av, parse_name(av_sidecar.pair_repo), refs.base)
+        ar_dir, ar_sidecar = None, None
+        if "ar" in wanted:
+            if refs.ar is None:
+                raise CheckpointError(
+                    "The AR half of this pair is not known.",
+                    where=refs.name,
+                    next_step='pass ar="owner/name" or ar="./path", or components=("av",) to do without scores',
+                )
+            ar_dir, ar_sidecar = _open_half(refs.ar, "ar", hub_options, weights=True)
+        if av_sidecar is not None and ar_sidecar is not None and (faults := av_sidecar.pair_faults(ar_sidecar)):
+            raise SidecarError("These two halves are not a pair.", where=f"{refs.av} and {refs.ar}", faults=faults)
+        av = None
+        if "av" in wanted:
+            assert av_dir is not None and av_sidecar is not None
+            av = _load_av(av_dir, av_sidecar, refs, engine, options)
+        reconstructor = None
+        if ar_dir is not None and ar_sidecar is not None:
+            reconstructor = _load_reconstructor(ar_dir, ar_sidecar, av_dir, str(refs.ar), options)
+        base = refs.base
+        if base is None:
+            sidecar = av_sidecar or ar_sidecar
+            if sidecar is not None and sidecar.base_model is not None:
+                base = parse_name(sidecar.base_model)
+        return cls(name=refs.name, av=av, ar=reconstructor, base=base, hub_options=hub_options, load_options=options)
+
+    # -- what it is -------------------------------------------------------------------------------------------------
+
+    @property
+    def sidecar(self) -> Sidecar:
+        """The AV's sidecar (the AR's where only that was loaded)."""
+        return self._sidecar
+
+    @property
+    def site(self) -> Site:
+        """Where this pair reads vectors."""
+        return self._sidecar.site
+
+    @property
+    def d_model(self) -> int:
+        """Width of the vectors."""
+        return self._sidecar.d_model
+
+    @property
+    def reference(self) -> Reference | None:
+        """FVE denominators stored with the pair, None where there are none."""
+        record = self._sidecar.fve_reference or (self._ar.sidecar.fve_reference if self._ar else None)
+        return None if record is None else Reference(**vars(record))
+
+    @property
+    def av(self) -> Verbalizer:
+        """The verbalizer."""
+        if self._av is None:
+            raise InputError("The AV was not loaded.", next_step='load with components=("av", "ar")')
+        return self._av
+
+    @property
+    def ar(self) -> Reconstructor:
+        """The reconstructor."""
+        if self._ar is None:
+            raise InputError("The AR was not loaded.", next_step='load with components=("av", "ar")')
+        return self._ar
+
+    def __repr__(self) -> str:
+        halves = "+".join(n for n, half in (("av", self._av), ("ar", self._ar)) if half is not None)
+        return f"NLA({self.name!r}, {halves}, {self.site} of {self._base or self._sidecar.base_model}, d={self.d_model})"
+
+    @cached_property
+    def source(self) -> Source:
+        """The complete base model, for generation and steering."""
+        return self._open_source(complete=True)
+
+    @cached_property
+    def _trunk(self) -> Source:
+        return self._open_source(complete=False)
+
+    def _open_source(self, *, complete: bool) -> Source:
+        if self._base is None:
+            raise CheckpointError(
+                "Nothing says which base model this pair explains.",
+                where=self.name,
+                next_step='pass base_model="owner/name" or base_model="./path" to from_pretrained',
+            )
+        directory = self._base.fetch(self._hub)
+        config = load_config(directory, trust_remote_code=self._load.trust_remote_code).get_text_config()
+        faults = []
+        if config.hidden_size != self.d_model:
+            faults.append(f"d_model: the pair says {self.d_model}, the base model has hidden_size {config.hidden_size}")
+        if self.site.layer >= config.num_hidden_layers:
+            faults.append(f"layer: the pair says K = {self.site.layer}, the model has {config.num_hidden_layers} blocks")
+        if faults:
+            raise SidecarError("This is not the base model of this pair.", where=self._base, faults=faults)
+        if complete:
+            loaded = load_causal_lm(directory, self._load)
+        else:
+            loaded = load_trunk(directory, self.site, self._load)
+        tokenizer = load_tokenizer(directory, trust_remote_code=self._load.trust_remote_code)
+        return Source(loaded, tokenizer, str(self._base))
+
+    # -- verbs ------------------------------------------------------------------------------------------------------
+
+    def capture(
+        self,
+        texts: Content | Sequence[Content],
+        positions: Positions = "last",
+        *,
+        doc_ids: Sequence[str] | None = None,
+        batch_size: int = 32,
+        overflow: Overflow = "error",
+        parse_special_tokens: bool = False,
+    ) -> Activations:
+        """Residual-stream vectors of texts or conversations at this pair's site.
+
+        Args:
+            texts: a text, a conversation (list of {"role", "content"}), or several of either.
+            positions: an index, several, a slice, "last", "all", "user", "assistant", or a function.
+            doc_ids: names for the documents; their sha256 by default.
+            overflow: what to do with texts longer than the model reads: "error", "truncate" or "stride".
+
+        Raises:
+            TextError, ContextLengthError, PositionError: before the model runs, with the index of the text.
+        """
+        documents = as_documents(texts)
+        if doc_ids is not None and len(doc_ids) != len(documents):
+            raise InputError("doc_ids= needs one id a document.", got=len(doc_ids), expected=len(documents))
+        source = self.__dict__.get("source") or self._trunk
+        return capture(
+            source.loaded.adapter,
+            source.loaded.model,
+            source.tokenizer,
+            self.site,
+            documents,
+            positions=positions,
+            doc_ids=doc_ids,
+            batch_size=batch_size,
+            overflow=overflow,
+            parse_special_tokens=parse_special_tokens,
+            base_model=source.name,
+        )
+
+    def verbalize(
+        self,
+        vectors: Activations | Tensor | Any,
+        *,
+        n: int = 1,
+        temperature: float = 0.7,
+        max_new_tokens: int = 200,
+        seed: int = 0,
+        batch_size: int = 32,
+        keys: Sequence[object] | None = None,
+    ) -> Any:
+        """Explanations of vectors, not scored.
+
+        Args:
+            vectors: Activations, or float [d] or [..., d] of any kind (tensor, array, lists).
+            n: samples a vector.
+            temperature: 0 is greedy.
+            keys: one a row; what its randomness depends on besides the seed (the vector's own bytes by default).
+
+        Returns:
+            One vector [d]: one Explanation. [N, d] or Activations: a list of N. With n > 1 each becomes a list of n.
+
+        Raises:
+            VectorError: wrong width, not floating point, NaN, infinite or zero rows (listed).
+        """
+        acts = vectors if isinstance(vectors, Activations) else None
+        if acts is not None and (acts.site != self.site):
+            raise InputError("These vectors come from another site.", got=str(acts.site), expected=str(self.site))
+        values = acts.vectors if acts is not None else vectors
+        rows = as_vectors(values, d=self.d_model)
+        row_keys = as_keys(keys) if keys is not None else (list(acts.keys) if acts is not None else None)
+        nested = self.av.verbalize(
+            rows,
+            keys=row_keys,
+            n=n,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            batch_size=batch_size,
+        )
+        nested = [[self._annotated(e, acts, i) for e in group] for i, group in enumerate(nested)]
+        single = acts is None and _ndim(values) == 1
+        shaped: list[Any] = nested if n > 1 else [group[0] for group in nested]
+        return shaped[0] if single else shaped
+
+    def _annotated(self, explanation: Explanation, acts: Activations | None, i: int) -> Explanation:
+        marker = self._sidecar.marker.char if self._sidecar.marker else None
+        record = self._sidecar.fve_reference
+        common: dict[str, Any] = {"text": explanation.text, "norm": explanation.norm, "marker": marker, "reference": record}
+        if acts is None:
+            return explanation.with_(flags=row_flags(position=None, from_source=False, **common))
+        return explanation.with_(
+            doc_id=acts.doc_id[i],
+            position=acts.position[i],
+            token=acts.token[i],
+            flags=row_flags(position=acts.position[i], special=acts.special[i], context=acts.token[i], **common),
+        )
+
+    def reconstruct(self, texts: str | Sequence[str], *, batch_size: int = 32) -> Tensor:
+        """The AR's vectors of texts: float32 [N, d] on the CPU; one text gives [d]. Only their direction means anything.
+
+        Raises:
+            TextError, ContextLengthError: with the index of the text.
+        """
+        if isinstance(texts, str):
+            return self.ar.reconstruct([texts], batch_size=batch_size)[0]
+        return self.ar.reconstruct(list(texts), batch_size=batch_size)
+
+    def score(
+        self,
+        explanations: Explanation | str | Sequence[Explanation | str | None],
+        vectors: Activations | Tensor | Any,
+        *,
+        batch_size: int = 32,
+    ) -> Scores:
+        """How well texts bring their vectors back: cosine and mse = 2 (1 - cosine) of each row.
+
+        Rows without a usable explanation (status not "ok", None) have neither, and count with mse 2 in the FVE.
+
+        Raises:
+            InputError: as many texts as vectors are needed. VectorError: see `verbalize`.
+        """
+        one = isinstance(explanations, (str, Explanation))
+        rows = [cast("Explanation | str", explanations)] if one else list(cast("Sequence[Explanation | str | None]", explanations))
+        texts = [row.text if isinstance(row, Explanation) else row for row in rows]
+        targets = as_vectors(vectors.vectors if isinstance(vectors, Activations) else vectors, d=self.d_model)
+        if len(targets) != len(texts):
+            raise InputError("score() needs one vector a text.", got=f"{len(texts)} texts and {len(targets)} vectors")
+        usable = [i for i, text in enumerate(texts) if text is not None]
+        found = self.reconstruct([cast(str, texts[i]) for i in usable], batch_size=batch_size)
+        cosines: list[float | None] = [None] * len(texts)
+        mses: list[float | None] = [None] * len(texts)
+        if usable:
+            cos = cosine(found, targets[usable]).tolist()
+            mse = direction_mse(found, targets[usable]).tolist()
+            for i, c, m in zip(usable, cos, mse, strict=True):
+                cosines[i], mses[i] = c, m
+        in_sample = Reference.measure(targets, "in-sample") if len(targets) >= 2 else None
+        return Scores(tuple(cosines), tuple(mses), self.reference, in_sample)
+
+    def explain(
+        self,
+        texts: Content | Sequence[Content],
+        positions: Positions = "last",
+        *,
+        n: int = 1,
+        temperature: float = 0.7,
+        max_new_tokens: int = 200,
+        seed: int = 0,
+        batch_size: int = 32,
+        doc_ids: Sequence[str] | None = None,
+        overflow: Overflow = "error",
+        parse_special_tokens: bool = False,
+    ) -> Explanations:
+        """Capture, verbalize and score in one call; see those three for arguments and errors."""
+        acts = self.capture(
+            texts,
+            positions,
+            doc_ids=doc_ids,
+            batch_size=batch_size,
+            overflow=overflow,
+            parse_special_tokens=parse_special_tokens,
+        )
+        return self.explain_activations(
+            acts, n=n, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed, batch_size=batch_size
+        )
+
+    def explain_activations(
+        self,
+        acts: Activations,
+        *,
+        n: int = 1,
+        temperature: float = 0.7,
+        max_new_tokens: int = 200,
+        seed: int = 0,
+        batch_size: int = 32,
+    ) -> Explanations:
+        """Verbalize and score captured vectors; without an AR the rows stay unscored."""
+        found = self.verbalize(
+            acts, n=n, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed, batch_size=batch_size
+        )
+        rows: list[Explanation] = [e for group in found for e in group] if n > 1 else list(found)
+        if self._ar is None or not rows:
+            return Explanations(tuple(rows), self.reference)
+        scores = self.score(rows, acts.vectors.repeat_interleave(n, dim=0), batch_size=batch_size)
+        scored = tuple(e.with_(cosine=c, mse=m) for e, c, m in zip(rows, scores.cosine, scores.mse, strict=True))
+        return Explanations(scored, scores.reference, scores.in_sample)
+
+    def steering_vector(self, to: str, minus: str | None = None) -> SteeringVector:
+        """The direction from one text to another: AR(to)/||AR(to)|| - AR(minus)/||AR(minus)||, or the first alone.
+
+        Both are made unit vectors first, because the length of an AR's output means nothing.
+        """
+        texts = [to] if minus is None else [to, minus]
+        found = self.reconstruct(texts).double()
+        units = found / found.norm(dim=-1, keepdim=True)
+        vector = units[0] - units[1] if minus is not None else units[0]
+        note = to if minus is None else f"{to} - {minus}"
+        return SteeringVector(vector.float(), self.site, str(self._base or self._sidecar.base_model or ""), note)
+
+
+# -- loading the parts ---------------------------------------------------------------------------------------------------
+
+
+def _check_components(components: Sequence[str]) -> set[str]:
+    wanted = {components} if isinstance(components, str) else set(components)
+    if not wanted or not wanted <= {"av", "ar"}:
+        raise InputError("Unknown components.", got=repr(components), expected='"av", "ar" or both')
+    return wanted
+
+
+def _open_half(ref: Ref, role: str, options: HubOptions, *, weights: bool) -> tuple[Path, Sidecar]:
+    directory = ref.fetch(options, weights=weights)
+    sidecar = Sidecar.read(directory)
+    if sidecar.role != role:
+        raise SidecarError(
+            f"This is the {sidecar.role.upper()} half where the {role.upper()} is expected.",
+            where=ref,
+            next_step="name the AV first and the other half as ar=...",
+        )
+    return directory, sidecar
+
+
+def _load_av(directory: Path, sidecar: Sidecar, refs: PairRefs, engine: str, options: LoadOptions) -> Verbalizer:
+    config = load_config(directory, trust_remote_code=options.trust_remote_code)
+    tokenizer = load_tokenizer(directory, trust_remote_code=options.trust_remote_code)
+    if faults := sidecar.config_faults(config):
+        raise SidecarError("Sidecar and config.json disagree.", where=directory, faults=faults)
+    prompt = AVPrompt.build(tokenizer, sidecar)
+    loaded = load_causal_lm(directory, options)
+    assert sidecar.marker is not None
+    injector = Injector(loaded.adapter, sidecar.injection, sidecar.marker)
+    engine_type = registry.engines.get("transformers" if engine == "auto" else engine)
+    built: Engine = engine_type(LoadedAV(loaded, tokenizer, prompt, injector))
+    built.probe()
+    logger.debug("%s: AV on engine %s", directory, built.name)
+    revision = refs.av.revision if refs.av is not None else None
+    return Verbalizer(built, sidecar, str(refs.av.name if refs.av and refs.av.kind == "hub" else refs.name), revision)
+
+
+def _load_reconstructor(
+    directory: Path, sidecar: Sidecar, av_directory: Path | None, name: str, options: LoadOptions
+) -> Reconstructor:
+    loaded, head = load_ar(directory, sidecar, options)
+    place = directory if has_tokenizer(directory) or av_directory is None else av_directory
+    tokenizer = load_tokenizer(place, trust_remote_code=options.trust_remote_code)
+    prompt = ARPrompt.build(tokenizer, sidecar, max_length=context_length(loaded.model.config))
+    return Reconstructor(ARModel(loaded.adapter, loaded.model, head), prompt, sidecar, name)
+
+
+@overload
+def as_documents(texts: str) -> list[Content]: ...
+@overload
+def as_documents(texts: Any) -> list[Content]: ...
+def as_documents(texts: Any) -> list[Content]:
+    """One text or conversation, or several, as a list of documents."""
+    if isinstance(texts, str):
+        return [texts]
+    if not isinstance(texts, Sequence):
+        raise InputError(
+            "Texts are expected here.", got=type(texts).__name__, expected="a text, a conversation, or a list of them"
+        )
+    items = list(texts)
+    if items and all(isinstance(item, dict) for item in items):
+        return [items]
+    return items
+
+
+def _ndim(values: Any) -> int:
+    return values.ndim if hasattr(values, "ndim") else (1 + _ndim(values[0]) if isinstance(values, (list, tuple)) and values else 0)
