@@ -6,6 +6,7 @@ own output by a hook, which is what `hidden_states[K+1]` holds.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -120,13 +121,15 @@ def select_positions(encoded: Encoded, positions: Positions, *, where: str = "te
     if isinstance(positions, slice):
         return list(range(n))[positions]
     if callable(positions):
-        positions = list(positions(encoded))
-    wanted = [positions] if isinstance(positions, int) else list(positions)
+        positions = positions(encoded)
     chosen = []
-    for p in wanted:
-        if isinstance(p, bool) or not hasattr(p, "__index__"):
+    for p in _several(positions):
+        try:
+            index = operator.index(p)
+        except TypeError:
+            index = None
+        if index is None or isinstance(p, bool):
             raise PositionError("A position is a whole number.", where=where, got=repr(p))
-        index = p.__index__()
         if not -n <= index < n:
             raise PositionError(
                 "The text has no such token.",
@@ -136,6 +139,14 @@ def select_positions(encoded: Encoded, positions: Positions, *, where: str = "te
             )
         chosen.append(index % n)
     return chosen
+
+
+def _several(positions: Any) -> list[Any]:
+    """One index or several as a list; arrays and tensors (also of no dimension) included."""
+    try:
+        return list(positions)
+    except TypeError:
+        return [positions]
 
 
 def capture(

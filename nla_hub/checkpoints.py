@@ -473,6 +473,11 @@ def save_ar(
     sidecar.write(directory)
 
 
+def save_source(directory: Path, model: Any, tokenizer: Any, *, dtype: torch.dtype) -> None:
+    """Write a base model: a complete causal LM with its tokenizer, no sidecar."""
+    _save_model(directory, model, tokenizer, dtype)
+
+
 def _save_model(directory: Path, model: Any, tokenizer: Any, dtype: torch.dtype) -> None:
     require_finite_weights(model, type(model).__name__)
     tied = bool(getattr(model.config, "tie_word_embeddings", False))

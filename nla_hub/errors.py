@@ -80,6 +80,10 @@ class NLAError(Exception):
     def __str__(self) -> str:
         return self._render()
 
+    def one_line(self) -> str:
+        """The message without its next step, on one line: the reason recorded with a row in error."""
+        return " ".join(line.strip() for line in self._render().splitlines() if not line.startswith("  Next:"))
+
 
 class InputError(NLAError, ValueError):
     """Something handed to a call cannot be used."""

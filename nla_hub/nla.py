@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nla_hub import registry
-from nla_hub.capture import Activations, Positions, capture
+from nla_hub.capture import Activations, Positions, capture, select_positions
 from nla_hub.checkpoints import (
     LoadedModel,
     LoadOptions,
@@ -33,7 +33,7 @@ from nla_hub.hub import HubOptions
 from nla_hub.injection import Injector
 from nla_hub.locate import PairRefs, Ref, parse_name, resolve_pair
 from nla_hub.log import logger
-from nla_hub.prompts import ARPrompt, AVPrompt, Content, Overflow, context_length
+from nla_hub.prompts import ARPrompt, AVPrompt, Content, Overflow, context_length, encode_source
 from nla_hub.reconstructor import ARModel, Reconstructor
 from nla_hub.results import Explanation, Explanations, Scores
 from nla_hub.sidecar import Sidecar, Site
@@ -269,6 +269,15 @@ class NLA:
             parse_special_tokens=parse_special_tokens,
             base_model=source.name,
         )
+
+    def check_text(
+        self, content: Content, positions: Positions = "last", *, overflow: Overflow = "error", where: str = "text"
+    ) -> None:
+        """Raise the InputError that `capture` would raise for one text or conversation, without running the model."""
+        source = self.__dict__.get("source") or self._trunk
+        limit = context_length(source.loaded.model.config)
+        for encoded in encode_source(source.tokenizer, content, max_length=limit, overflow=overflow, where=where):
+            select_positions(encoded, positions, where=where)
 
     def verbalize(
         self,

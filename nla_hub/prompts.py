@@ -6,6 +6,7 @@ and are filled by literal replacement, never with `str.format`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -98,7 +99,9 @@ def encode_source(
     # A token counts as special by its id, except where raw text merely spelled it: those ids are never special then.
     special_ids = set(tokenizer.all_special_ids)
     special = [i in special_ids for i in ids]
-    roles = _roles(text, messages, offsets, special)
+    roles: list[str | None] = [None] * len(ids)
+    if messages is not None:
+        roles = _roles(messages, _content_spans(tokenizer, messages, text), offsets, special)
     pieces = _pieces(len(ids), max_length, overflow, where)
     return [
         Encoded(
@@ -188,26 +191,55 @@ def _require_encodable(text: str, where: str) -> None:
 
 
 def _roles(
-    text: str,
-    messages: Sequence[Message] | None,
+    messages: Sequence[Message],
+    spans: Sequence[tuple[int, int] | None],
     offsets: Sequence[tuple[int, int]],
     special: Sequence[bool],
 ) -> list[str | None]:
     roles: list[str | None] = [None] * len(offsets)
-    cursor = 0
-    for message in messages or ():
-        content = message["content"]
-        begin = text.find(content, cursor)
-        if begin < 0:  # many templates strip contents
-            content = content.strip()
-            begin = text.find(content, cursor)
-        if begin < 0 or not content:
+    for message, span in zip(messages, spans, strict=True):
+        if span is None:
             continue
-        cursor = begin + len(content)
         for i, (a, b) in enumerate(offsets):
-            if a < cursor and b > begin and a < b and not special[i]:
+            if a < span[1] and b > span[0] and a < b and not special[i]:
                 roles[i] = str(message["role"])
     return roles
+
+
+def _content_spans(tokenizer: Any, messages: Sequence[Message], text: str) -> list[tuple[int, int] | None]:
+    """Where each message's content stands in the rendered conversation `text` (None where it does not).
+
+    The template may spell the same words itself (a default system prompt, a role's name), so its own parts are learnt from
+    rendering placeholders. Where it writes contents differently then (drops reasoning, say) they are searched in order.
+    """
+    placeholders = [f"\ue000{i}\ue001" for i in range(len(messages))]
+    try:
+        skeleton = render_messages(
+            tokenizer, [{**m, "content": p} for m, p in zip(messages, placeholders, strict=True)], parse_special_tokens=True
+        )
+    except TextError:
+        skeleton = ""
+    pattern, cursor, found = "", 0, []
+    for i, (message, placeholder) in enumerate(zip(messages, placeholders, strict=True)):
+        if (begin := skeleton.find(placeholder, cursor)) < 0:
+            continue
+        contents = dict.fromkeys((message["content"], message["content"].strip()))  # many templates strip contents
+        pattern += re.escape(skeleton[cursor:begin]) + f"({'|'.join(map(re.escape, contents))})"
+        cursor = begin + len(placeholder)
+        found.append(i)
+    spans: list[tuple[int, int] | None] = [None] * len(messages)
+    if match := re.fullmatch(pattern + re.escape(skeleton[cursor:]), text):
+        for group, i in enumerate(found, 1):
+            spans[i] = match.span(group)
+        return spans
+    cursor = 0
+    for i, message in enumerate(messages):
+        for content in (message["content"], message["content"].strip()):
+            if content and (begin := text.find(content, cursor)) >= 0:
+                cursor = begin + len(content)
+                spans[i] = (begin, cursor)
+                break
+    return spans
 
 
 def _pieces(length: int, max_length: int | None, overflow: Overflow, where: str) -> list[tuple[int, int]]:
@@ -258,7 +290,7 @@ class AVPrompt:
                 faults=faults,
                 next_step="check that tokenizer and sidecar come from the same training run",
             )
-        text = _render_av(tokenizer, sidecar)
+        text = render_av_prompt(tokenizer, sidecar)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         return cls(tuple(ids), marker_positions(ids, sidecar.marker)[0], text)
 
@@ -266,7 +298,8 @@ class AVPrompt:
         return len(self.ids)
 
 
-def _render_av(tokenizer: Any, sidecar: Sidecar) -> str:
+def render_av_prompt(tokenizer: Any, sidecar: Sidecar) -> str:
+    """The AV's template with its marker, as one user turn through the chat template, ready for the answer."""
     assert sidecar.marker is not None and sidecar.av_template is not None
     content = sidecar.av_template.replace(INJECTION_PLACEHOLDER, sidecar.marker.char)
     return render_messages(
@@ -296,7 +329,7 @@ def av_faults(tokenizer: Any, sidecar: Sidecar) -> list[str]:
         faults.append(f"tokens.injection_char: {marker.char!r} is {len(alone)} tokens here ({alone}), expected one")
     elif alone[0] != marker.id:
         faults.append(f"tokens.injection_token_id: the sidecar says {marker.id}, the tokenizer {alone[0]}")
-    ids = tokenizer(_render_av(tokenizer, sidecar), add_special_tokens=False)["input_ids"]
+    ids = tokenizer(render_av_prompt(tokenizer, sidecar), add_special_tokens=False)["input_ids"]
     places = [i for i, token in enumerate(ids) if len(alone) == 1 and token == alone[0]]
     if len(places) != 1:
         faults.append(f"prompt_templates.av: the marker stands {len(places)} times in the rendered prompt, expected once")
@@ -405,6 +438,15 @@ def last_real(mask: Tensor) -> Tensor:
     if bool((mask.sum(dim=1) == 0).any()):
         raise InjectionError("A row without any attended token has no reading position.")
     return (mask.long() * (index + 1)).argmax(dim=1)
+
+
+def response_ids(tokenizer: Any, explanation: str) -> list[int]:
+    """What an AV is trained to write: the tagged explanation and an end-of-sequence token where there is one."""
+    ids = [
+        int(i) for i in tokenizer(f"{OPENING_TAG}{explanation}{CLOSING_TAG}", add_special_tokens=False)["input_ids"]
+    ]
+    eos = getattr(tokenizer, "eos_token_id", None)
+    return ids if eos is None else [*ids, int(eos)]
 
 
 # -- explanations --------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Name -> object, loaded on first use, ours and plug-ins' alike through entry points.
 
-Groups: `nla_hub.adapters`, `nla_hub.engines`, `nla_hub.labelers`. A broken plug-in costs only its own name: it is
+Groups: `nla_hub.adapters`, `nla_hub.engines`, `nla_hub.labelers`, `nla_hub.corpora`. A broken plug-in costs only its own name: it is
 reported with its distribution and cause when somebody asks for it.
 """
 
@@ -16,7 +16,7 @@ from nla_hub.errors import NLAError, UnknownNameError
 if TYPE_CHECKING:
     from nla_hub.adapters import Adapter
     from nla_hub.engines.base import Engine
-    from nla_hub.training.labelers import Labeler
+    from nla_hub.training.labelers import Corpus, Labeler
 
 T = TypeVar("T")
 
@@ -90,5 +90,8 @@ engines: Registry[type[Engine]] = Registry(
     "engine", "nla_hub.engines", {"transformers": "nla_hub.engines.transformers:TransformersEngine"}
 )
 labelers: Registry[type[Labeler]] = Registry(
-    "labeler", "nla_hub.labelers", {"tiny": "nla_hub.tiny.labels:TinyLabeler"}
+    "labeler", "nla_hub.labelers", {"tiny": "nla_hub.tiny.labeler:TinyLabeler"}
+)
+corpora: Registry[type[Corpus]] = Registry(
+    "corpus", "nla_hub.corpora", {"tiny-world": "nla_hub.tiny.labeler:TinyCorpus"}
 )

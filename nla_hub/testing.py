@@ -108,7 +108,12 @@ def random_model(architecture: str, vocab_size: int, *, seed: int = 0, layers: i
     if architecture == "qwen2":
         return Qwen2ForCausalLM(Qwen2Config(**{k: v for k, v in common.items() if k != "head_dim"})).eval()
     if architecture == "gemma3":
-        return Gemma3ForCausalLM(Gemma3TextConfig(**common, **_gemma_layers(layers))).eval()
+        gemma = Gemma3ForCausalLM(Gemma3TextConfig(**common, **_gemma_layers(layers))).eval()
+        with torch.no_grad():
+            # Its embeddings are tied: at this width every token would predict itself, whatever the vector says.
+            gemma.model.embed_tokens.weight.mul_(0.1)
+            gemma.model.norm.weight.fill_(10.0)
+        return gemma
     raise ValueError(f"no random model of {architecture!r}; known: {', '.join(ARCHITECTURES)}")
 
 

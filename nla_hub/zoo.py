@@ -12,7 +12,7 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from nla_hub import yaml_io
 from nla_hub.errors import NLAError
@@ -98,8 +98,8 @@ class ZooEntry:
                 continue
             if ref.kind not in ("hub", "package"):
                 found.append(f"{field}: got {getattr(self, field)!r}, expected owner/name or package:DIR")
-            elif ref.kind == "hub" and None in (self.layer, self.n_layers, self.d_model):
-                found.append(f"{field}: an entry on the Hub needs layer, n_layers and d_model")
+            elif field == "av" and ref.kind == "hub" and None in (self.layer, self.n_layers, self.d_model):
+                found.append("av: an entry on the Hub needs layer, n_layers and d_model")
         if self.layer is not None and self.n_layers is not None and not 0 <= self.layer < self.n_layers:
             found.append(f"layer: got {self.layer}, expected 0 to {self.n_layers - 1}")
         return found
@@ -115,7 +115,7 @@ class ZooEntry:
         return None if self.layer is None else Site(self.layer)
 
     def measured(self) -> Score | None:
-        """What was measured with this project's code: in the packaged sidecar, or in zoo.yaml; None is "not measured"."""
+        """What this project's code measured (packaged sidecar, or zoo.yaml); None is "not measured"."""
         for score in self.scores:
             if isinstance(score, Score):
                 return score
@@ -132,7 +132,8 @@ class ZooEntry:
         if score := self.measured():
             cosine = "" if score.cosine is None else f", cosine {score.cosine:.3f}"
             made = ", ".join(str(part) for part in (score.protocol, score.commit) if part)
-            figure = f"FVE ({_BASELINES.get(score.baseline, score.baseline)}, {score.dataset}, n={score.n}): {score.value:.3f}"
+            baseline = _BASELINES.get(score.baseline, score.baseline)
+            figure = f"FVE ({baseline}, {score.dataset}, n={score.n}): {score.value:.3f}"
             return f"{figure}{cosine}{f' [{made}]' if made else ''}"
         published = self.published()
         return str(published) if published else NOT_MEASURED
@@ -224,4 +225,4 @@ def _blocks(directory: Path) -> int | None:
     if not path.is_file():
         return None
     value = yaml_io.read(path, error=NLAError).get("num_hidden_layers")  # JSON is YAML
-    return cast("int", value) if isinstance(value, int) else None
+    return value if isinstance(value, int) else None

@@ -1,0 +1,1 @@
+"""The command line: one file per command, none of which imports torch when it is loaded."""

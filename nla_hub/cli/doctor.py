@@ -1,0 +1,222 @@
+"""`nla-hub doctor`: what this machine has, what is missing, and what to type about it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from nla_hub.cli import output
+from nla_hub.errors import HubUnreachableError, NLAError
+
+State = Literal["ok", "missing", "too old", "too new", "broken", "note"]
+CORE = "core"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report.
+
+    Attributes:
+        part: "core", the name of an extra, "machine", "cache", "hub" or "pair".
+        name: what was looked at.
+        state: how it is; "note" judges nothing.
+        found: a version, a size, a path; None where there is none.
+        next_step: what to type, where something is to be done.
+    """
+
+    part: str
+    name: str
+    state: State
+    found: str | None
+    next_step: str | None = None
+
+    @property
+    def fatal(self) -> bool:
+        """Whether nla-hub cannot do its main job because of this."""
+        return self.part in (CORE, "pair") and self.state not in ("ok", "note")
+
+
+def register(app: typer.Typer) -> None:
+    """Add `doctor` to the command."""
+    app.command("doctor")(doctor)
+
+
+def doctor(
+    nla: Annotated[str, typer.Option("--nla", help="The pair to look at: a name, owner/name or ./directory.")] = "tiny",
+    json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """Check versions, extras, devices, caches, and whether a pair loads. Exit 1 where the main job cannot work."""
+    findings: list[Finding] = []
+    for source in (machine(), packages(), imports(), devices(), caches(), hub(), pair(nla)):
+        for finding in source:
+            findings.append(finding)
+            if json:
+                output.print_json_lines([asdict(finding)])
+    if not json:
+        output.print_table(
+            ("part", "name", "state", "found", "next"),
+            [(f.part, f.name, f.state, f.found, f.next_step) for f in findings],
+        )
+    broken = [finding for finding in findings if finding.fatal]
+    if broken:
+        names = ", ".join(finding.name for finding in broken)
+        raise NLAError(
+            f"The core of nla-hub does not work here: {names}.",
+            next_step=next((f.next_step for f in broken if f.next_step), None),
+        )
+    output.message("nla-hub works here.")
+
+
+def machine() -> Iterator[Finding]:
+    """Python, platform and main memory."""
+    version = platform.python_version()
+    old = sys.version_info < (3, 11)
+    yield Finding(CORE, "Python", "too old" if old else "ok", version, "install Python 3.11 or newer" if old else None)
+    yield Finding("machine", "platform", "note", platform.platform())
+    yield Finding("machine", "processor cores", "note", str(os.cpu_count()))
+    if free := _free_memory():
+        yield Finding("machine", "free memory", "note", _size(free))
+
+
+def packages() -> Iterator[Finding]:
+    """Every declared dependency: installed, and within its bounds."""
+    from packaging.requirements import Requirement
+
+    try:
+        declared = [Requirement(line) for line in metadata.requires("nla-hub") or ()]
+    except metadata.PackageNotFoundError:
+        yield Finding(
+            CORE, "nla-hub", "missing", None, "pip install -e . (this checkout is used without installing it)"
+        )
+        return
+    for requirement in declared:
+        extra = _extra(requirement)
+        if extra == "dev" or (requirement.marker and not requirement.marker.evaluate({"extra": extra or ""})):
+            continue
+        yield _judge(requirement, extra)
+
+
+def _judge(requirement: Any, extra: str | None) -> Finding:
+    part = extra or CORE
+    install = f"pip install '{'nla-hub[' + extra + ']' if extra else 'nla-hub'}'"
+    try:
+        installed = metadata.version(requirement.name)
+    except metadata.PackageNotFoundError:
+        return Finding(part, requirement.name, "missing", None, install)
+    if requirement.specifier.contains(installed, prereleases=True):
+        return Finding(part, requirement.name, "ok", installed)
+    floors = [spec for spec in requirement.specifier if spec.operator == ">="]
+    old = not all(spec.contains(installed, prereleases=True) for spec in floors)
+    return Finding(part, requirement.name, "too old" if old else "too new", installed, f"{install} ({requirement})")
+
+
+def _extra(requirement: Any) -> str | None:
+    found = re.search(r"extra\s*==\s*['\"]([\w-]+)['\"]", str(requirement.marker or ""))
+    return found.group(1) if found else None
+
+
+def imports() -> Iterator[Finding]:
+    """Whether torch and transformers can be imported: an installed package may still be broken."""
+    for name in ("torch", "transformers"):
+        try:
+            module = __import__(name)
+        except Exception as cause:  # a broken shared library raises nearly anything
+            reason = f"{type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}"
+            yield Finding(CORE, f"import {name}", "broken", reason, f"pip install --force-reinstall {name}")
+        else:
+            yield Finding(CORE, f"import {name}", "ok", getattr(module, "__version__", None))
+
+
+def devices() -> Iterator[Finding]:
+    """Accelerators and their free memory."""
+    try:
+        import torch
+    except Exception:  # reported by imports()
+        return
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            free, total = torch.cuda.mem_get_info(index)
+            name = torch.cuda.get_device_name(index)
+            yield Finding("machine", f"cuda:{index}", "note", f"{name}, {_size(free)} of {_size(total)} free")
+    elif torch.accelerator.is_available():
+        yield Finding("machine", "accelerator", "note", str(torch.accelerator.current_accelerator()))
+    else:
+        yield Finding("machine", "accelerator", "note", "none: everything runs on the CPU")
+
+
+def caches() -> Iterator[Finding]:
+    """Where downloads go, and the room there."""
+    from huggingface_hub import constants
+
+    cache = Path(constants.HF_HUB_CACHE)
+    place = next(parent for parent in (cache, *cache.parents) if parent.exists())
+    yield Finding("cache", "HF_HUB_CACHE", "note", f"{cache} ({_size(shutil.disk_usage(place).free)} free)")
+
+
+def hub() -> Iterator[Finding]:
+    """Offline flags, and whether there is a token (never its value)."""
+    from huggingface_hub import constants, get_token
+
+    yield Finding("hub", "HF_HUB_OFFLINE", "note", "on: nothing is downloaded" if constants.HF_HUB_OFFLINE else "off")
+    if constants.ENDPOINT != "https://huggingface.co":
+        yield Finding("hub", "HF_ENDPOINT", "note", "set to another host")
+    there = get_token() is not None
+    yield Finding(
+        "hub", "token", "note", "yes" if there else "no", None if there else "hf auth login, for gated models"
+    )
+
+
+def pair(name: str) -> Iterator[Finding]:
+    """Whether a pair is here and loads. One on the Hub is looked for in the cache; nothing is downloaded."""
+    from nla_hub.hub import HubOptions
+    from nla_hub.locate import resolve_pair
+
+    refs = resolve_pair(name)
+    halves = {"AV": refs.av, "AR": refs.ar, "source": refs.base}
+    for half, ref in halves.items():
+        if ref is None or ref.kind != "hub":
+            continue
+        try:
+            path = ref.fetch(HubOptions(local_files_only=True))
+        except HubUnreachableError:
+            yield Finding("pair", f"{name}: {half}", "note", f"{ref}: not downloaded yet")
+        except NLAError as error:
+            yield Finding("pair", f"{name}: {half}", "broken", error.what, error.next_step)
+        else:
+            yield Finding("pair", f"{name}: {half}", "ok", str(path))
+    if any(ref is not None and ref.kind == "hub" for ref in halves.values()):
+        return
+    try:
+        from nla_hub import NLA
+
+        loaded = NLA.from_pretrained(name)
+    except (NLAError, ImportError) as cause:
+        step = cause.next_step if isinstance(cause, NLAError) else None
+        yield Finding("pair", name, "broken", str(cause).splitlines()[0], step)
+    else:
+        yield Finding("pair", name, "ok", f"loads; reads {loaded.site}")
+
+
+def _free_memory() -> int | None:
+    """Bytes of main memory that are free for new work, or None where the system does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+        return None
+    except OSError:
+        return None
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 2**30:.1f} GiB"

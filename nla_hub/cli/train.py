@@ -1,0 +1,96 @@
+"""`nla-hub train`: a recipe in, a pair out; the same line continues where it stopped."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nla_hub.cli import output
+
+if TYPE_CHECKING:
+    from nla_hub.training.recipe import Recipe
+
+
+def register(app: typer.Typer) -> None:
+    """Add `train` to the command."""
+    app.command("train")(train)
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="A packaged recipe's name, or a .yaml file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY.SUB=VALUE...", help="Settings to change.", show_default=False)
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--output", "-o", help="The run directory.", show_default="runs/NAME-HASH")] = None,
+    stage: Annotated[
+        list[str] | None, typer.Option("--stage", help="Only this stage (repeatable); the ones before it must be done.")
+    ] = None,
+    rehearse: Annotated[bool, typer.Option("--rehearse", help="A few steps of every stage, to see that it runs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a finished stage.")] = False,
+) -> None:
+    """Train a pair from a recipe. The same command continues a run; a changed configuration is refused."""
+    from nla_hub.training.recipe import load_recipe
+
+    resolved = load_recipe(recipe, overrides or [])
+    max_steps = None
+    if rehearse:
+        from nla_hub.training.rehearsal import STEPS, rehearsed
+
+        resolved, changes = rehearsed(resolved)
+        max_steps = STEPS
+        for change in changes:
+            output.message(f"rehearsal: {change}")
+    from nla_hub.training.pipeline import STAGES, Pipeline
+    from nla_hub.training.run import RunDirectory
+
+    run = RunDirectory(out or default_directory(resolved, rehearse), resolved)
+    output.message(f"run directory: {run.path}")
+    listener = Lines(as_json, stage or STAGES)
+    pair = Pipeline(resolved, run, listener, max_steps=max_steps).execute(stage or STAGES)
+    if not as_json:
+        output.print_text(str(pair))
+    output.message(f'use it: nla-hub explain --nla ./{pair} "..."' if not pair.is_absolute() else f"use it: --nla {pair}")
+
+
+def default_directory(recipe: Recipe, rehearsal: bool) -> Path:
+    """`runs/NAME-HASH`."""
+    return Path("runs") / f"{recipe.name}{'-rehearsal' if rehearsal else ''}-{recipe.digest()}"
+
+
+class Lines:
+    """Tells a person on stderr what a run does: a line a stage, and a line that is rewritten on a terminal."""
+
+    def __init__(self, as_json: bool, stages: Any) -> None:
+        self.as_json = as_json
+        self.stages = list(stages)
+        self.open_line = False
+
+    def stage(self, name: str, *, resumed: bool) -> None:
+        """A stage begins, or was found done."""
+        number = f"[{self.stages.index(name) + 1}/{len(self.stages)}]"
+        output.message(f"{number} {name}{': already done' if resumed else ''}")
+
+    def metrics(self, name: str, metrics: dict[str, Any]) -> None:
+        """Figures of a running stage."""
+        line = "    " + "  ".join(f"{key} {_short(value)}" for key, value in metrics.items() if key != "lr")
+        if output.progress_wanted():
+            sys.stderr.write(f"\r\x1b[K{line}")
+            sys.stderr.flush()
+            self.open_line = True
+        else:
+            output.message(line)
+
+    def done(self, name: str, summary: dict[str, Any]) -> None:
+        """A stage is done."""
+        if self.open_line:
+            sys.stderr.write("\n")
+            self.open_line = False
+        if self.as_json:
+            output.print_json_lines([{"stage": name, **summary}])
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,217 @@
+"""An evaluation result as text: a plain page for terminals and logs, Markdown for cards and docs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from nla_hub.evaluation.facts import GATE_ROWS
+
+if TYPE_CHECKING:
+    from nla_hub.evaluation.controls import Measure
+    from nla_hub.evaluation.result import EvalResult, Example
+    from nla_hub.evaluation.steering import SteeringTable
+
+NOT_MEASURED = "not measured"
+
+MEASURE_COLUMNS = ("texts", "FVE (raw variance)", "FVE (mean-norm)", "cosine")
+FACT_COLUMNS = ("fact", "n", "recall", "precision", "named", "chance", "probe", "captured share")
+SOURCE_COLUMNS = ("fact", "n", "probe accuracy", "balanced", "majority class", "held")
+STEERING_COLUMNS = ("fact", "cases", "vector", "strength", "flips", "flip rate", "95 %")
+
+Table = tuple[Sequence[str], list[Sequence[str]]]
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A figure, or "not measured"."""
+    return NOT_MEASURED if value is None else f"{value:.{digits}f}"
+
+
+def interval(value: float | None, low: float | None, high: float | None) -> str:
+    """A figure with its interval."""
+    return number(value) + ("" if value is None or low is None or high is None else f" [{low:.3f}, {high:.3f}]")
+
+
+def measures(result: EvalResult) -> list[Measure]:
+    """What was scored, in the order of the table."""
+    every = (result.real, result.permuted, result.floor, result.floor_linear, result.ceiling)
+    return [m for m in every if m is not None]
+
+
+def measure_table(result: EvalResult) -> Table:
+    """Real texts and their controls."""
+    return MEASURE_COLUMNS, [
+        (
+            m.what,
+            interval(m.fve.value, m.fve.low, m.fve.high),
+            interval(m.fve_mean_norm.value, m.fve_mean_norm.low, m.fve_mean_norm.high),
+            interval(m.cosine, m.cosine_low, m.cosine_high),
+        )
+        for m in measures(result)
+    ]
+
+
+def fact_table(result: EvalResult) -> Table:
+    """The facts table; a captured share is given only where the vector holds the fact."""
+    return FACT_COLUMNS, [
+        (
+            row.fact.replace("_", " "),
+            f"{row.n}" + ("" if row.n >= GATE_ROWS else f" (< {GATE_ROWS})"),
+            interval(row.recall, row.recall_low, row.recall_high),
+            number(row.precision),
+            str(row.named),
+            number(row.chance),
+            number(row.probe),
+            interval(row.share, row.share_low, row.share_high) if row.gated else "-",
+        )
+        for row in result.facts
+    ]
+
+
+def source_table(result: EvalResult) -> Table:
+    """What the source itself holds."""
+    return SOURCE_COLUMNS, [
+        (
+            row.fact.replace("_", " "),
+            str(row.n),
+            number(row.accuracy),
+            number(row.balanced),
+            number(row.majority),
+            "yes" if row.held else "no",
+        )
+        for row in result.source_check
+    ]
+
+
+def steering_rows(table: SteeringTable) -> Table:
+    """Flip rates of a steering table."""
+    return STEERING_COLUMNS, [
+        (
+            row.fact,
+            str(row.cases),
+            row.vector,
+            f"{row.strength:g}",
+            str(row.flips),
+            number(row.rate, 2),
+            f"[{row.low:.2f}, {row.high:.2f}]",
+        )
+        for row in table.rows
+    ]
+
+
+def headline(result: EvalResult) -> str:
+    """FVE with its baseline, data set and n; cosine beside it."""
+    return f"{result.real.fve}; cosine {interval(result.real.cosine, result.real.cosine_low, result.real.cosine_high)}"
+
+
+def provenance(result: EvalResult) -> list[tuple[str, str]]:
+    """Names and values of what the figures come from."""
+    protocol = result.protocol
+    drawn = "greedy" if protocol.temperature == 0 else f"temperature {protocol.temperature:g}, seed {protocol.seed}"
+    counts = ", ".join(f"{n} {status}" for status, n in sorted(result.statuses.items()))
+    rows = [
+        ("pair", result.nla + (f" @ {result.revision}" if result.revision else "")),
+        ("base model", f"{result.base_model or 'unknown'}, output of block {result.layer}"),
+        (
+            "protocol",
+            f"{protocol.name}: {result.n} activations of {result.documents} documents ({result.corpus}), position >= "
+            f"{protocol.min_position}, seed {protocol.seed}, {drawn}",
+        ),
+        ("status", f"{counts} ({result.ok:.1%} ok)"),
+    ]
+    if result.words is not None:
+        rows.append(("words", f"{result.words:.1f} a usable explanation"))
+    if result.reference is not None:
+        r = result.reference
+        rows.append(
+            ("reference", f"{r.dataset}, n={r.n}: raw variance {r.raw_variance:.4f}, mean-norm {r.mean_norm:.4f}")
+        )
+    if result.shared_documents is not None:
+        rows.append(
+            (
+                "leaks",
+                f"{result.shared_documents} of {result.documents} documents among {result.train_documents} of training",
+            )
+        )
+    versions = ", ".join(f"{name} {value}" for name, value in result.versions.items() if value)
+    rows.append(("commit", result.commit or "unknown"))
+    rows.append(("versions", versions or "unknown"))
+    if result.wall_seconds is not None:
+        rows.append(("wall time", f"{result.wall_seconds:.0f} s"))
+    return rows
+
+
+def tables(result: EvalResult) -> list[tuple[str, Table]]:
+    """Title and table of each part of the result."""
+    parts = [("Scores", measure_table(result))]
+    if result.facts:
+        parts.append(("Facts in the explanations", fact_table(result)))
+    if result.source_check:
+        parts.append(("What the source holds between telling and asking", source_table(result)))
+    return parts
+
+
+def plain(result: EvalResult) -> str:
+    """The result as aligned text."""
+    lines = [headline(result), ""]
+    width = max(len(name) for name, _ in provenance(result))
+    lines += [f"{name:<{width}}  {value}" for name, value in provenance(result)]
+    for title, (columns, rows) in tables(result):
+        lines += ["", title, *aligned(columns, rows)]
+    if result.examples:
+        lines += ["", "Examples (best, median and worst cosine)"]
+        for example in result.examples:
+            lines += [f"  {line}" for line in _example(example)]
+    return "\n".join(lines)
+
+
+def aligned(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a table whose columns are padded."""
+    lines = [list(columns), *map(list, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(escape(cell) for cell in line) + " |" for line in lines)
+
+
+def escape(text: str) -> str:
+    """Text for a Markdown table cell."""
+    return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").split())
+
+
+def markdown(result: EvalResult, *, examples: bool = True) -> str:
+    """The result for a card or a page of docs, without a heading of its own."""
+    parts = [f"**{headline(result)}**"]
+    parts.append("\n".join(f"- {name}: {escape(value)}" for name, value in provenance(result)))
+    parts += [f"**{title}**\n\n{markdown_table(*table)}" for title, table in tables(result)]
+    if result.facts:
+        parts.append(
+            "Recall: named correctly, of the rows that have the fact. Precision: of all rows that name it. Chance: recall "
+            "with explanations at other rows. Probe: a linear classifier on the vector. Captured share: (recall - chance) / "
+            "(probe - chance), only where the probe beats chance by 0.2."
+        )
+    if examples and result.examples:
+        rows = [
+            (e.choice, f"...{e.context}", e.text if e.text is not None else f"({e.status}) {e.raw}", number(e.cosine))
+            for e in result.examples
+        ]
+        parts.append(
+            "**Examples**\n\n" + markdown_table(("by cosine", "text up to the token", "explanation", "cosine"), rows)
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def _example(example: Example) -> list[str]:
+    shown = example.text if example.text is not None else f"({example.status}) {example.raw}"
+    lines = [
+        f"{example.choice}: cosine {number(example.cosine)}",
+        f"  reads  ...{example.context}",
+        f"  says   {shown}",
+    ]
+    if example.gold is not None:
+        lines.append(f"  label  {example.gold}")
+    return lines

@@ -1,0 +1,1 @@
+"""Training: a recipe, data with labels, AR regression, AV supervised fine-tuning, export."""

@@ -1,0 +1,81 @@
+"""AR regression: label -> vector, by the direction loss 2 (1 - cos).
+
+The AR starts as the source's own blocks 0..K without final norm, with the identity as value head (kaiming starts at 1.94
+instead of 1.61 in the reference's runs); the head stays in float32.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nla_hub.adapters import Adapter
+from nla_hub.geometry import Reference, fve_value
+from nla_hub.prompts import ARPrompt, pad_id_of, pad_right
+from nla_hub.reconstructor import ARModel
+from nla_hub.training.data import TrainingRows
+from nla_hub.training.loop import LoopResult, Report, chunks, run_loop
+from nla_hub.training.recipe import StageSpec
+
+
+def init_ar(adapter: Adapter, trunk: nn.Module) -> ARModel:
+    """A fresh AR from a trunk that ends at block K (see `load_trunk`): its own copy, identity head."""
+    copied: Any = copy.deepcopy(trunk)
+    copied.requires_grad_(True)
+    d = int(copied.config.get_text_config().hidden_size)
+    head = nn.Linear(d, d, bias=False, dtype=torch.float32, device=next(copied.parameters()).device)
+    with torch.no_grad():
+        head.weight.copy_(torch.eye(d))
+    return ARModel(adapter, copied, head)
+
+
+def direction_loss(predicted: Tensor, target: Tensor) -> Tensor:
+    """2 (1 - cos) of each row, float32 [N]; differentiable (`geometry.direction_mse` is the float64 figure)."""
+    return 2.0 * (1.0 - nn.functional.cosine_similarity(predicted.float(), target.float(), dim=-1, eps=1e-8))
+
+
+def train_ar(
+    model: ARModel,
+    prompt: ARPrompt,
+    rows: TrainingRows,
+    spec: StageSpec,
+    *,
+    seed: int,
+    report: Report,
+    held_out: TrainingRows | None = None,
+    max_steps: int | None = None,
+) -> LoopResult:
+    """Train an AR in place on labelled rows; reports the held-out FVE (raw variance, of labels) at the end."""
+    pad = pad_id_of(prompt.tokenizer)
+    encoded = [prompt.encode(text) for text in rows.texts]
+    device = model.head.weight.device
+
+    def loss_of(wrapped: Any, indices: Sequence[int]) -> tuple[Tensor, int]:
+        ids, mask = pad_right([encoded[i] for i in indices], pad)
+        predicted = wrapped(ids.to(device), mask.to(device))
+        return direction_loss(predicted, rows.vectors[list(indices)].to(device)).sum(), len(indices)
+
+    result = run_loop(
+        model, loss_of, [len(e) for e in encoded], spec, seed=seed, report=report, max_steps=max_steps
+    )
+    if held_out is not None and len(held_out) >= 2:
+        losses = evaluate_ar(model, prompt, held_out)
+        denominator = Reference.measure(held_out.vectors, "held-out rows").raw_variance
+        report({"step": result.steps, "steps": result.steps, "held_out_fve_of_labels": fve_value(losses, denominator)})
+    return result
+
+
+def evaluate_ar(model: ARModel, prompt: ARPrompt, rows: TrainingRows, *, batch_size: int = 128) -> Tensor:
+    """mse of each labelled row, float32 [N]."""
+    pad = pad_id_of(prompt.tokenizer)
+    device = model.head.weight.device
+    losses = []
+    with torch.inference_mode():
+        for part in chunks(len(rows), batch_size):
+            ids, mask = pad_right([prompt.encode(rows.texts[i]) for i in part], pad)
+            losses.append(direction_loss(model(ids.to(device), mask.to(device)).cpu(), rows.vectors[part.start : part.stop]))
+    return torch.cat(losses)
