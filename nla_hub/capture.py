@@ -116,7 +116,10 @@ def select_positions(encoded: Encoded, positions: Positions, *, where: str = "te
                 )
             return found
         raise PositionError(
-            "Unknown word for positions.", where=where, got=repr(positions), expected=", ".join(map(repr, NAMED_POSITIONS))
+            "Unknown word for positions.",
+            where=where,
+            got=repr(positions),
+            expected=", ".join(map(repr, NAMED_POSITIONS)),
         )
     if isinstance(positions, slice):
         return list(range(n))[positions]
@@ -151,7 +154,7 @@ def _several(positions: Any) -> list[Any]:
 
 def capture(
     adapter: Adapter,
-    model: nn.Module,
+    model: Any,
     tokenizer: Any,
     site: Site,
     texts: Sequence[Content],
@@ -213,7 +216,7 @@ def capture(
 
 def run_trunk(
     adapter: Adapter,
-    model: nn.Module,
+    model: Any,
     site: Site,
     sequences: Sequence[tuple[Sequence[int], Sequence[int]]],
     *,

@@ -31,6 +31,7 @@ from nla_hub.sidecar import Sidecar, Site
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 HEAD_NAME = "value_head.safetensors"
+ADAPTER_CONFIG_NAME = "adapter_config.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -51,7 +52,9 @@ class LoadOptions:
         """The device map that is used."""
         if self.device_map is not None:
             return self.device_map
-        return {"": torch.accelerator.current_accelerator() or "cpu"} if torch.accelerator.is_available() else {"": "cpu"}
+        return (
+            {"": torch.accelerator.current_accelerator() or "cpu"} if torch.accelerator.is_available() else {"": "cpu"}
+        )
 
     def torch_dtype(self) -> torch.dtype:
         """The dtype that weights are loaded in."""
@@ -69,7 +72,7 @@ class LoadOptions:
         return found
 
 
-# -- what is on disk -----------------------------------------------------------------------------------------------------
+# -- what is on disk -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -97,10 +100,11 @@ class WeightIndex:
                 its file, an index that points outside the directory or disagrees with the shards.
         """
         index_path, single = directory / INDEX_NAME, directory / WEIGHTS_NAME
-        if index_path.is_file():
-            return cls(directory, _read_sharded(directory, index_path))
-        if single.is_file():
+        # The order in which transformers looks: what is checked here is what it will load.
+        if single.is_symlink() or single.is_file():
             return cls(directory, read_header(inside(directory, WEIGHTS_NAME)))
+        if index_path.is_symlink() or index_path.is_file():
+            return cls(directory, _read_sharded(directory, inside(directory, INDEX_NAME)))
         pickled = sorted(p.name for p in directory.glob("*") if p.suffix in PICKLED)
         if pickled:
             raise WeightsError(
@@ -110,7 +114,9 @@ class WeightIndex:
                 expected=f"{WEIGHTS_NAME} or {INDEX_NAME}",
                 next_step="ask its author for safetensors, or convert it where you trust it (save_pretrained writes them)",
             )
-        raise WeightsError("This directory has no weights.", where=directory, expected=f"{WEIGHTS_NAME} or {INDEX_NAME}")
+        raise WeightsError(
+            "This directory has no weights.", where=directory, expected=f"{WEIGHTS_NAME} or {INDEX_NAME}"
+        )
 
 
 def inside(directory: Path, name: str) -> Path:
@@ -119,7 +125,13 @@ def inside(directory: Path, name: str) -> Path:
     A downloaded snapshot links its files into the cache's blobs: such a link, one hop to a plain file, is followed.
     """
     if Path(name).is_absolute() or ".." in Path(name).parts or Path(name).name != name:
-        raise WeightsError("The index points outside the checkpoint.", where=directory, got=repr(name))
+        raise WeightsError(
+            "The index points outside the checkpoint.",
+            where=directory,
+            got=repr(name),
+            expected="plain file names",
+            next_step="do not use this checkpoint unless its author explains it",
+        )
     path = directory / name
     try:
         real = path.resolve(strict=True)
@@ -131,7 +143,12 @@ def inside(directory: Path, name: str) -> Path:
     if directory.parent.name == "snapshots":
         allowed.append(directory.resolve().parent.parent)
     if not any(real.is_relative_to(root) for root in allowed):
-        raise WeightsError("This link leads outside the checkpoint.", where=path, got=real)
+        raise WeightsError(
+            "This link leads outside the checkpoint.",
+            where=path,
+            got=real,
+            next_step="copy the file to where the link is, if you trust it",
+        )
     return path
 
 
@@ -173,13 +190,17 @@ def _shorten(faults: Sequence[str], at_most: int = 8) -> list[str]:
     return [*faults[:at_most], *([f"... and {rest} more"] if rest > 0 else [])]
 
 
-# -- configs and tokenizers ----------------------------------------------------------------------------------------------
+# -- configs and tokenizers ----------------------------------------------------------------------------------
 
 
 def load_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
     """The transformers config of a directory; raises a CheckpointError where it is missing or cannot be read."""
     if not (directory / "config.json").is_file():
-        raise CheckpointError("This directory has no config.json.", where=directory)
+        raise CheckpointError(
+            "This directory has no config.json, so it is no model.",
+            where=directory,
+            next_step="name the directory that holds config.json and the weights",
+        )
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as cause:  # configs of strangers fail in every way there is
@@ -195,7 +216,11 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as cause:
-        raise CheckpointError(f"Its tokenizer cannot be loaded: {_first_line(cause)}", where=directory) from cause
+        raise CheckpointError(
+            f"Its tokenizer cannot be loaded: {_first_line(cause)}",
+            where=directory,
+            next_step="copy the tokenizer files of the base model into the directory",
+        ) from cause
     if not tokenizer.is_fast:
         raise CheckpointError(
             "This tokenizer cannot tell where its tokens stand in the text.",
@@ -216,7 +241,7 @@ def _first_line(cause: Exception) -> str:
     return lines[0] if lines else type(cause).__name__
 
 
-# -- models --------------------------------------------------------------------------------------------------------------
+# -- models --------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -273,7 +298,9 @@ def load_ar(directory: Path, sidecar: Sidecar, options: LoadOptions) -> tuple[Lo
     keep_norm = _keeps_norm(index, norm_names, sidecar)
     droppable = [r"(^|\.)lm_head\.", *([] if keep_norm else [norm_pattern.pattern])]
     may_miss = [] if norm_names else [norm_pattern.pattern]
-    loaded = _load(directory, AutoModel, config.get_text_config(), adapter, options, droppable=droppable, may_miss=may_miss)
+    loaded = _load(
+        directory, AutoModel, config.get_text_config(), adapter, options, droppable=droppable, may_miss=may_miss
+    )
     if not keep_norm:
         adapter.drop_final_norm(loaded.model)
     device = next(loaded.model.parameters()).device
@@ -282,6 +309,12 @@ def load_ar(directory: Path, sidecar: Sidecar, options: LoadOptions) -> tuple[Lo
 
 def _keeps_norm(index: WeightIndex, names: Sequence[str], sidecar: Sidecar) -> bool:
     if not names:
+        if sidecar.final_norm_stripped is False:
+            raise WeightsError(
+                "This AR's head was trained behind its final norm (final_norm_stripped: false), but there is no norm.",
+                where=index.directory,
+                next_step="ask its author for the norm's weight, or for the right sidecar",
+            )
         return False
     weight = read_tensor(index.tensors[names[0]].file, names[0]).float()
     if bool((weight == 1).all()):
@@ -298,10 +331,10 @@ def _keeps_norm(index: WeightIndex, names: Sequence[str], sidecar: Sidecar) -> b
 
 def load_head(directory: Path, d_model: int) -> nn.Linear:
     """The value head of an AR: Linear(d, d) in float32, with a bias where the file has one."""
-    tensors = read_header(inside(directory, HEAD_NAME)) if (directory / HEAD_NAME).exists() else None
-    if tensors is None:
-        raise WeightsError("This AR has no value head.", where=directory, expected=HEAD_NAME)
     path = directory / HEAD_NAME
+    if not (path.is_symlink() or path.is_file()):
+        raise WeightsError("This AR has no value head.", where=directory, expected=HEAD_NAME)
+    tensors = read_header(inside(directory, HEAD_NAME))
     expected = {"weight": (d_model, d_model), "bias": (d_model,)}
     faults = [f"unexpected: {name}" for name in tensors if name not in expected]
     if "weight" not in tensors:
@@ -362,6 +395,7 @@ def _load(
     droppable: Sequence[str] = (),
     may_miss: Sequence[str] = (),
 ) -> LoadedModel:
+    _refuse_other_weights(directory, config)
     index = WeightIndex.read(directory)
     dtype = options.torch_dtype()
     stored = {t.dtype for t in index.tensors.values()}
@@ -383,22 +417,30 @@ def _load(
                 device_map=options.placement(),
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # judged below, by name
                 trust_remote_code=options.trust_remote_code,
                 **extra,
             )
-    except (RuntimeError, ValueError, OSError, KeyError, SafetensorError) as cause:
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as cause:  # configs of strangers fail in every way there is
         raise WeightsError(
-            f"The weights do not fit the architecture in config.json: {_first_line(cause)}", where=directory
+            f"No model can be built from its config.json and weights: {type(cause).__name__}: {_first_line(cause)}",
+            where=directory,
+            next_step="check that config.json and weights come from the same model",
         ) from cause
     missing = [n for n in info["missing_keys"] if not _matches(n, may_miss)]
     unexpected = [n for n in info["unexpected_keys"] if not _matches(n, [*droppable, *adapter.ignored_weights])]
     dropped = len(info["unexpected_keys"]) - len(unexpected)
     if dropped:
         logger.debug("%s: %d weights on disk are not needed here", directory, dropped)
+    misshapen = sorted((n, tuple(a), tuple(b)) for n, a, b in info["mismatched_keys"] if not _matches(n, droppable))
     faults = [f"missing: {n}" for n in sorted(missing)] + [f"unexpected: {n}" for n in sorted(unexpected)]
+    faults += [f"{n}: got shape {got}, expected {expected}" for n, got, expected in misshapen]
     if faults:
         raise WeightsError(
-            f"{len(missing)} weights are missing and {len(unexpected)} unexpected; a missing weight would be random.",
+            f"{len(missing)} weights are missing, {len(unexpected)} unexpected, {len(misshapen)} misshapen; "
+            "a missing one would be random.",
             where=directory,
             faults=_shorten(faults),
             next_step="check that the directory holds the whole model, and that its adapter is the right one",
@@ -406,6 +448,24 @@ def _load(
     require_finite_weights(model, directory, but=may_miss)
     model.eval().requires_grad_(False)
     return LoadedModel(model, adapter, directory)
+
+
+def _refuse_other_weights(directory: Path, config: Any) -> None:
+    """Refuse what would make transformers load other files than those that were checked."""
+    if (name := getattr(config, "transformers_weights", None)) is not None:
+        raise CheckpointError(
+            "Its config.json names a weights file of its own (transformers_weights).",
+            where=directory,
+            got=repr(name),
+            expected=f"{WEIGHTS_NAME} or {INDEX_NAME}",
+            next_step="rename the file and take the entry out of config.json, if you trust it",
+        )
+    if (directory / ADAPTER_CONFIG_NAME).exists():
+        raise CheckpointError(
+            f"This is a LoRA adapter ({ADAPTER_CONFIG_NAME}), not a complete model.",
+            where=directory,
+            next_step="merge it into its base model first (peft: merge_and_unload, then save_pretrained)",
+        )
 
 
 @contextmanager
@@ -439,7 +499,7 @@ def require_finite_weights(model: nn.Module, where: object, *, but: Sequence[str
         )
 
 
-# -- writing -------------------------------------------------------------------------------------------------------------
+# -- writing -------------------------------------------------------------------------------------------------
 
 
 def save_av(directory: Path, model: Any, tokenizer: Any, sidecar: Sidecar, *, dtype: torch.dtype) -> None:

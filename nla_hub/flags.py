@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from itertools import pairwise
 
 from nla_hub.sidecar import ReferenceRecord
 
@@ -79,5 +80,5 @@ def is_repetitive(text: str) -> bool:
     words = text.lower().split()
     if len(words) < 10:
         return False
-    pairs = Counter(zip(words, words[1:], strict=False))
+    pairs = Counter(pairwise(words))
     return len(pairs) / (len(words) - 1) < REPEATED_SHARE

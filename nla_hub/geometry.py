@@ -40,8 +40,11 @@ def as_vectors(vectors: object, *, d: int | None = None, what: str = "vectors", 
         tensor = vectors.detach()
     else:
         try:
-            tensor = torch.as_tensor(np.asarray(vectors))
-        except (TypeError, ValueError) as error:
+            if isinstance(vectors, (list, tuple)) and vectors and all(isinstance(row, Tensor) for row in vectors):
+                tensor = torch.stack([row.detach() for row in vectors])
+            else:
+                tensor = torch.as_tensor(np.array(vectors))  # a copy: torch warns about read-only arrays
+        except (TypeError, ValueError, RuntimeError) as error:
             raise VectorError(f"These {what} are not numbers: {error}", got=type(vectors).__name__) from error
     if not tensor.is_floating_point():
         raise VectorError(
@@ -50,7 +53,7 @@ def as_vectors(vectors: object, *, d: int | None = None, what: str = "vectors", 
             expected="float32 (float16, bfloat16 and float64 are converted)",
             next_step="pass activations, not token ids; convert with vectors.float() if they really are numbers",
         )
-    if tensor.ndim == 0 or (d is not None and tensor.shape[-1] != d):
+    if tensor.ndim == 0 or tensor.shape[-1] == 0 or (d is not None and tensor.shape[-1] != d):
         raise VectorError(
             f"These {what} do not have the width of the model.",
             got=f"shape {tuple(tensor.shape)}",
@@ -88,13 +91,15 @@ def require_finite(rows: Tensor, *, what: str = "vectors", allow_zero: bool = Fa
 
 def norms(rows: Tensor) -> Tensor:
     """Raw L2 norms [N] of `rows` [N, d], float32, summed in float64."""
-    return rows.double().norm(dim=-1).float()
+    lengths: Tensor = rows.double().norm(dim=-1)
+    return lengths.float()
 
 
 def unit(rows: Tensor) -> Tensor:
     """Rows [N, d] divided by their norms, in float64."""
     wide = rows.double()
-    return wide / wide.norm(dim=-1, keepdim=True)
+    lengths: Tensor = wide.norm(dim=-1, keepdim=True)
+    return wide / lengths
 
 
 def rescale(rows: Tensor, scale: float | None) -> Tensor:
@@ -106,7 +111,8 @@ def rescale(rows: Tensor, scale: float | None) -> Tensor:
     if scale is None:
         return rows.float()
     wide = rows.double()
-    return (wide * (scale / wide.norm(dim=-1, keepdim=True))).float()
+    scaled: Tensor = wide * (scale / wide.norm(dim=-1, keepdim=True))
+    return scaled.float()
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:

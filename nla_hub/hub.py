@@ -6,8 +6,9 @@ HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE mean what they m
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 from nla_hub.errors import HubAuthError, HubError, HubGatedError, HubNotFoundError, HubUnreachableError
@@ -29,9 +30,7 @@ class HubOptions:
         return f"HubOptions(token={'***' if isinstance(self.token, str) else self.token}, cache_dir={self.cache_dir})"
 
 
-def fetch(
-    repo: str, *, revision: str | None, options: HubOptions, files: Sequence[str] = MODEL_FILES
-) -> Path:
+def fetch(repo: str, *, revision: str | None, options: HubOptions, files: Sequence[str] = MODEL_FILES) -> Path:
     """Download (or find in the cache) the files of a model repository that match `files`; its local directory.
 
     Raises:
@@ -55,7 +54,6 @@ def fetch(
 
 @contextmanager
 def _typed(repo: str, revision: str | None) -> Iterator[None]:
-    import httpx
     from huggingface_hub import errors as hf
 
     where = f"{repo}@{revision}" if revision else repo
@@ -102,17 +100,29 @@ def _typed(repo: str, revision: str | None) -> Iterator[None]:
             raise _unauthorized(where, cause) from cause
         if code == 403:
             raise HubGatedError(
-                "The Hub refuses this account.", where=where, got=_status(cause), next_step="check the token's permissions"
+                "The Hub refuses this account.",
+                where=where,
+                got=_status(cause),
+                next_step="check the token's permissions",
             ) from cause
         if code == 404:
             raise HubNotFoundError("The Hub does not have this.", where=where, got=_status(cause)) from cause
         raise HubError(
             f"The Hub answered with an error: {_first_line(cause)}", where=where, next_step="try again later"
         ) from cause
-    except (httpx.TransportError, ConnectionError, TimeoutError) as cause:
+    except _transport_errors() as cause:
         raise _unreachable(where) from cause
     except OSError as cause:
         raise HubError(f"The download could not be stored: {cause}", where=where) from cause
+
+
+def _transport_errors() -> tuple[type[Exception], ...]:
+    """What a broken connection raises: huggingface_hub 1 speaks through httpx, huggingface_hub 2 through httpx2."""
+    found: list[type[Exception]] = []
+    for name in ("httpx", "httpx2"):
+        with suppress(ImportError):
+            found.append(import_module(name).TransportError)
+    return (ConnectionError, TimeoutError, *found)
 
 
 def _unauthorized(where: str, cause: Exception) -> HubAuthError:

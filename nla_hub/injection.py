@@ -35,11 +35,7 @@ def find_markers(ids: Tensor, marker: MarkerTokens, *, prompt_length: int | None
         InjectionError: a row with no valid marker in its prompt, or with several.
     """
     scanned = ids if prompt_length is None else ids[:, :prompt_length]
-    middle = (
-        (scanned[:, 1:-1] == marker.id)
-        & (scanned[:, :-2] == marker.left_id)
-        & (scanned[:, 2:] == marker.right_id)
-    )
+    middle = (scanned[:, 1:-1] == marker.id) & (scanned[:, :-2] == marker.left_id) & (scanned[:, 2:] == marker.right_id)
     counts = middle.sum(dim=1)
     if bool((counts != 1).any()):
         row = int((counts != 1).nonzero()[0])

@@ -44,7 +44,9 @@ class Ref:
             path = Path(self.name)
             if not path.is_dir():
                 what = "This is a file, not a directory." if path.exists() else "There is no such directory."
-                raise CheckpointError(what, where=self.name, next_step="check the path; a Hub repository is written owner/name")
+                raise CheckpointError(
+                    what, where=self.name, next_step="check the path; a Hub repository is written owner/name"
+                )
             return path
         if self.kind == "package":
             return Path(str(files("nla_hub"))) / self.name

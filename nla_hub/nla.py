@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nla_hub import registry
+from nla_hub.adapters import adapter_for
 from nla_hub.capture import Activations, Positions, capture, select_positions
 from nla_hub.checkpoints import (
     LoadedModel,
@@ -66,6 +67,7 @@ class NLA:
         av: Verbalizer | None,
         ar: Reconstructor | None,
         base: Ref | None,
+        family: str | None = None,
         hub_options: HubOptions | None = None,
         load_options: LoadOptions | None = None,
     ) -> None:
@@ -73,6 +75,7 @@ class NLA:
         self._av = av
         self._ar = ar
         self._base = base
+        self._family = family
         self._hub = hub_options or HubOptions()
         self._load = load_options or LoadOptions()
         half = av or ar
@@ -80,7 +83,7 @@ class NLA:
             raise InputError("An NLA has at least one half.", expected='components "av", "ar" or both')
         self._sidecar = half.sidecar
 
-    # -- loading ----------------------------------------------------------------------------------------------------
+    # -- loading ---------------------------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(
@@ -140,8 +143,18 @@ class NLA:
                     next_step='pass ar="owner/name" or ar="./path", or components=("av",) to do without scores',
                 )
             ar_dir, ar_sidecar = _open_half(refs.ar, "ar", hub_options, weights=True)
-        if av_sidecar is not None and ar_sidecar is not None and (faults := av_sidecar.pair_faults(ar_sidecar)):
-            raise SidecarError("These two halves are not a pair.", where=f"{refs.av} and {refs.ar}", faults=faults)
+        families = [_family(directory, options) for directory in (av_dir, ar_dir) if directory is not None]
+        if av_sidecar is not None and ar_sidecar is not None:
+            faults = av_sidecar.pair_faults(ar_sidecar)
+            if len(set(families)) > 1:
+                faults.append(f"family: the AV is a {families[0]}, the AR a {families[1]}")
+            if faults:
+                raise SidecarError(
+                    "These two halves are not a pair.",
+                    where=f"{refs.av} and {refs.ar}",
+                    faults=faults,
+                    next_step='name the AR that was trained with this AV: ar="owner/name" or ar="./path"',
+                )
         av = None
         if "av" in wanted:
             assert av_dir is not None and av_sidecar is not None
@@ -154,9 +167,17 @@ class NLA:
             sidecar = av_sidecar or ar_sidecar
             if sidecar is not None and sidecar.base_model is not None:
                 base = parse_name(sidecar.base_model)
-        return cls(name=refs.name, av=av, ar=reconstructor, base=base, hub_options=hub_options, load_options=options)
+        return cls(
+            name=refs.name,
+            av=av,
+            ar=reconstructor,
+            base=base,
+            family=families[0],
+            hub_options=hub_options,
+            load_options=options,
+        )
 
-    # -- what it is -------------------------------------------------------------------------------------------------
+    # -- what it is ------------------------------------------------------------------------------------------
 
     @property
     def sidecar(self) -> Sidecar:
@@ -195,7 +216,9 @@ class NLA:
 
     def __repr__(self) -> str:
         halves = "+".join(n for n, half in (("av", self._av), ("ar", self._ar)) if half is not None)
-        return f"NLA({self.name!r}, {halves}, {self.site} of {self._base or self._sidecar.base_model}, d={self.d_model})"
+        return (
+            f"NLA({self.name!r}, {halves}, {self.site} of {self._base or self._sidecar.base_model}, d={self.d_model})"
+        )
 
     @cached_property
     def source(self) -> Source:
@@ -216,12 +239,21 @@ class NLA:
         directory = self._base.fetch(self._hub)
         config = load_config(directory, trust_remote_code=self._load.trust_remote_code).get_text_config()
         faults = []
+        if self._family is not None and (family := adapter_for(config).name) != self._family:
+            faults.append(f"family: the pair is a {self._family}, the base model a {family}")
         if config.hidden_size != self.d_model:
             faults.append(f"d_model: the pair says {self.d_model}, the base model has hidden_size {config.hidden_size}")
         if self.site.layer >= config.num_hidden_layers:
-            faults.append(f"layer: the pair says K = {self.site.layer}, the model has {config.num_hidden_layers} blocks")
+            faults.append(
+                f"layer: the pair says K = {self.site.layer}, the model has {config.num_hidden_layers} blocks"
+            )
         if faults:
-            raise SidecarError("This is not the base model of this pair.", where=self._base, faults=faults)
+            raise SidecarError(
+                "This is not the base model of this pair.",
+                where=self._base,
+                faults=faults,
+                next_step='pass the right one: base_model="owner/name" or base_model="./path"',
+            )
         if complete:
             loaded = load_causal_lm(directory, self._load)
         else:
@@ -229,7 +261,7 @@ class NLA:
         tokenizer = load_tokenizer(directory, trust_remote_code=self._load.trust_remote_code)
         return Source(loaded, tokenizer, str(self._base))
 
-    # -- verbs ------------------------------------------------------------------------------------------------------
+    # -- verbs -----------------------------------------------------------------------------------------------
 
     def capture(
         self,
@@ -327,7 +359,12 @@ class NLA:
     def _annotated(self, explanation: Explanation, acts: Activations | None, i: int) -> Explanation:
         marker = self._sidecar.marker.char if self._sidecar.marker else None
         record = self._sidecar.fve_reference
-        common: dict[str, Any] = {"text": explanation.text, "norm": explanation.norm, "marker": marker, "reference": record}
+        common: dict[str, Any] = {
+            "text": explanation.text,
+            "norm": explanation.norm,
+            "marker": marker,
+            "reference": record,
+        }
         if acts is None:
             return explanation.with_(flags=row_flags(position=None, from_source=False, **common))
         return explanation.with_(
@@ -362,7 +399,11 @@ class NLA:
             InputError: as many texts as vectors are needed. VectorError: see `verbalize`.
         """
         one = isinstance(explanations, (str, Explanation))
-        rows = [cast("Explanation | str", explanations)] if one else list(cast("Sequence[Explanation | str | None]", explanations))
+        rows = (
+            [cast("Explanation | str", explanations)]
+            if one
+            else list(cast("Sequence[Explanation | str | None]", explanations))
+        )
         texts = [row.text if isinstance(row, Explanation) else row for row in rows]
         targets = as_vectors(vectors.vectors if isinstance(vectors, Activations) else vectors, d=self.d_model)
         if len(targets) != len(texts):
@@ -440,7 +481,7 @@ class NLA:
         return SteeringVector(vector.float(), self.site, str(self._base or self._sidecar.base_model or ""), note)
 
 
-# -- loading the parts ---------------------------------------------------------------------------------------------------
+# -- loading the parts ---------------------------------------------------------------------------------------
 
 
 def _check_components(components: Sequence[str]) -> set[str]:
@@ -460,6 +501,11 @@ def _open_half(ref: Ref, role: str, options: HubOptions, *, weights: bool) -> tu
             next_step="name the AV first and the other half as ar=...",
         )
     return directory, sidecar
+
+
+def _family(directory: Path, options: LoadOptions) -> str:
+    """The architecture family of a half, from its config alone."""
+    return adapter_for(load_config(directory, trust_remote_code=options.trust_remote_code)).name
 
 
 def _load_av(directory: Path, sidecar: Sidecar, refs: PairRefs, engine: str, options: LoadOptions) -> Verbalizer:
@@ -508,4 +554,8 @@ def as_documents(texts: Any) -> list[Content]:
 
 
 def _ndim(values: Any) -> int:
-    return values.ndim if hasattr(values, "ndim") else (1 + _ndim(values[0]) if isinstance(values, (list, tuple)) and values else 0)
+    return (
+        values.ndim
+        if hasattr(values, "ndim")
+        else (1 + _ndim(values[0]) if isinstance(values, (list, tuple)) and values else 0)
+    )

@@ -26,7 +26,7 @@ OPENING_TAG = "<explanation>"
 CLOSING_TAG = "</explanation>"
 
 
-# -- rule 1: source texts ------------------------------------------------------------------------------------------------
+# -- rule 1: source texts ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ def encode_source(
     ids = [int(i) for i in batch["input_ids"]]
     offsets = [(int(a), int(b)) for a, b in batch["offset_mapping"]]
     # A token counts as special by its id, except where raw text merely spelled it: those ids are never special then.
-    special_ids = set(tokenizer.all_special_ids)
-    special = [i in special_ids for i in ids]
+    known = special_tokens(tokenizer)
+    special = [i in known for i in ids]
     roles: list[str | None] = [None] * len(ids)
     if messages is not None:
         roles = _roles(messages, _content_spans(tokenizer, messages, text), offsets, special)
@@ -116,6 +116,16 @@ def encode_source(
     ]
 
 
+def special_tokens(tokenizer: Any) -> dict[int, str]:
+    """Id -> text of every token that the model reads as structure.
+
+    Wider than the tokenizer's `all_special_tokens`: Llama 3 and Gemma list their turn markers only among added tokens.
+    """
+    listed = dict(zip(tokenizer.all_special_ids, map(str, tokenizer.all_special_tokens), strict=True))
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return listed | {int(i): str(token.content) for i, token in added.items() if token.special}
+
+
 def check_messages(content: object, *, where: str = "messages") -> list[dict[str, Any]]:
     """A conversation as a list of {"role", "content"} with text contents; raises a TextError otherwise."""
     expected = 'a text, or a list of {"role": ..., "content": ...}'
@@ -128,7 +138,9 @@ def check_messages(content: object, *, where: str = "messages") -> list[dict[str
     messages: list[dict[str, Any]] = []
     for i, message in enumerate(content):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise TextError("This message has no role.", where=f"{where}, message {i}", got=repr(message)[:80], expected=expected)
+            raise TextError(
+                "This message has no role.", where=f"{where}, message {i}", got=repr(message)[:80], expected=expected
+            )
         if not isinstance(message.get("content"), str):
             raise TextError(
                 "Only text contents can be explained.",
@@ -158,9 +170,9 @@ def render_messages(
             next_step="pass a plain text, or use the instruct version of the model",
         )
     if not parse_special_tokens:
-        special = [str(token) for token in tokenizer.all_special_tokens]
+        special = set(special_tokens(tokenizer).values())
         for i, message in enumerate(messages):
-            found = sorted({token for token in special if token in message["content"]})
+            found = sorted(token for token in special if token in message["content"])
             if found:
                 raise TextError(
                     "A special token stands inside the content: the model would read it as structure, not as text.",
@@ -209,13 +221,15 @@ def _roles(
 def _content_spans(tokenizer: Any, messages: Sequence[Message], text: str) -> list[tuple[int, int] | None]:
     """Where each message's content stands in the rendered conversation `text` (None where it does not).
 
-    The template may spell the same words itself (a default system prompt, a role's name), so its own parts are learnt from
-    rendering placeholders. Where it writes contents differently then (drops reasoning, say) they are searched in order.
+    The template may spell the same words itself (a default system prompt, a role's name), so its own parts are learnt
+    from rendering placeholders. Where it then writes contents differently (drops reasoning, say) they are searched for.
     """
     placeholders = [f"\ue000{i}\ue001" for i in range(len(messages))]
     try:
         skeleton = render_messages(
-            tokenizer, [{**m, "content": p} for m, p in zip(messages, placeholders, strict=True)], parse_special_tokens=True
+            tokenizer,
+            [{**m, "content": p} for m, p in zip(messages, placeholders, strict=True)],
+            parse_special_tokens=True,
         )
     except TextError:
         skeleton = ""
@@ -265,7 +279,7 @@ def context_length(config: Any) -> int | None:
     return int(value) if value else None
 
 
-# -- rule 2: the AV prompt -----------------------------------------------------------------------------------------------
+# -- rule 2: the AV prompt -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -332,21 +346,25 @@ def av_faults(tokenizer: Any, sidecar: Sidecar) -> list[str]:
     ids = tokenizer(render_av_prompt(tokenizer, sidecar), add_special_tokens=False)["input_ids"]
     places = [i for i, token in enumerate(ids) if len(alone) == 1 and token == alone[0]]
     if len(places) != 1:
-        faults.append(f"prompt_templates.av: the marker stands {len(places)} times in the rendered prompt, expected once")
+        faults.append(
+            f"prompt_templates.av: the marker stands {len(places)} times in the rendered prompt, expected once"
+        )
     elif not 0 < places[0] < len(ids) - 1:
         faults.append("prompt_templates.av: the marker stands at an end of the prompt, where it has only one neighbour")
     else:
         left, right = ids[places[0] - 1], ids[places[0] + 1]
         for side, got, said in (("left", left, marker.left_id), ("right", right, marker.right_id)):
             if got != said:
-                faults.append(f"tokens.injection_{side}_neighbor_id: the sidecar says {said}, the rendered prompt has {got}")
+                faults.append(
+                    f"tokens.injection_{side}_neighbor_id: the sidecar says {said}, the rendered prompt has {got}"
+                )
     bos = getattr(tokenizer, "bos_token_id", None)
     if bos is not None and ids.count(bos) > 1:
         faults.append(f"the rendered prompt holds {ids.count(bos)} BOS tokens, expected at most one")
     return faults
 
 
-# -- rule 3: AR prompts --------------------------------------------------------------------------------------------------
+# -- rule 3: AR prompts --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -379,7 +397,9 @@ class ARPrompt:
         faults = []
         if self.suffix_ids is not None and tuple(ids[-len(self.suffix_ids) :]) != self.suffix_ids:
             tail = list(ids[-len(self.suffix_ids) :])
-            faults.append(f"tokens.critic_suffix_ids: the sidecar says {list(self.suffix_ids)}, the prompt ends in {tail}")
+            faults.append(
+                f"tokens.critic_suffix_ids: the sidecar says {list(self.suffix_ids)}, the prompt ends in {tail}"
+            )
         bos = getattr(self.tokenizer, "bos_token_id", None)
         if bos is not None and ids.count(bos) > 1:
             faults.append(f"prompt_templates.ar: the prompt holds {ids.count(bos)} BOS tokens, expected at most one")
@@ -399,7 +419,9 @@ class ARPrompt:
         if not isinstance(explanation, str):
             raise TextError("An explanation is a text.", where=where, got=type(explanation).__name__)
         if not explanation.strip():
-            raise TextError("The explanation is empty.", where=where, next_step="reconstruct only explanations with text")
+            raise TextError(
+                "The explanation is empty.", where=where, next_step="reconstruct only explanations with text"
+            )
         _require_encodable(explanation, where)
         ids = self._ids(explanation)
         if self.max_length is not None and len(ids) > self.max_length:
@@ -442,14 +464,12 @@ def last_real(mask: Tensor) -> Tensor:
 
 def response_ids(tokenizer: Any, explanation: str) -> list[int]:
     """What an AV is trained to write: the tagged explanation and an end-of-sequence token where there is one."""
-    ids = [
-        int(i) for i in tokenizer(f"{OPENING_TAG}{explanation}{CLOSING_TAG}", add_special_tokens=False)["input_ids"]
-    ]
+    ids = [int(i) for i in tokenizer(f"{OPENING_TAG}{explanation}{CLOSING_TAG}", add_special_tokens=False)["input_ids"]]
     eos = getattr(tokenizer, "eos_token_id", None)
     return ids if eos is None else [*ids, int(eos)]
 
 
-# -- explanations --------------------------------------------------------------------------------------------------------
+# -- explanations --------------------------------------------------------------------------------------------
 
 
 def parse_explanation(raw: str) -> tuple[Status, str | None]:

@@ -1,6 +1,7 @@
 """Name -> object, loaded on first use, ours and plug-ins' alike through entry points.
 
-Groups: `nla_hub.adapters`, `nla_hub.engines`, `nla_hub.labelers`, `nla_hub.corpora`. A broken plug-in costs only its own name: it is
+Groups: `nla_hub.adapters`, `nla_hub.engines`, `nla_hub.labelers`, `nla_hub.corpora`.
+A broken plug-in costs only its own name: it is
 reported with its distribution and cause when somebody asks for it.
 """
 

@@ -31,7 +31,7 @@ def page(rows: Explanations, *, title: str = "Explanations") -> str:
     """A complete HTML document with all rows."""
     return (
         "<!doctype html><html lang=en><head><meta charset=utf-8>"
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src \'unsafe-inline\'">'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
         f"<title>{escape(title)}</title></head><body>{table(rows, at_most=len(rows))}</body></html>"
     )
 
@@ -40,6 +40,6 @@ def _row(row: Explanation) -> str:
     position = "" if row.position is None or row.position < 0 else str(row.position)
     token = "" if row.token is None else f"<code>{escape(row.token)}</code>"
     text = escape(row.text) if row.text is not None else f"<span class=q>({row.status}) {escape(row.raw)}</span>"
-    score = '<span class=q>not measured</span>' if row.cosine is None else f"{row.cosine:.3f}"
+    score = "<span class=q>not measured</span>" if row.cosine is None else f"{row.cosine:.3f}"
     flags = escape(", ".join(row.flags))
     return f"<tr><td class=n>{position}<td>{token}<td>{text}<td class=n>{score}<td class=q>{flags}</tr>"

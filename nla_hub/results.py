@@ -132,6 +132,8 @@ class Scores:
         if reference is None or not len(self):
             return FVE(None, baseline, "no reference", len(self))
         denominator = reference.denominator(baseline)
+        if not denominator > 0:  # identical vectors, or a mean of zero: there is nothing to explain
+            return FVE(None, baseline, reference.dataset, len(self))
         rows = self.mse_counted()
         low = high = None
         if interval:

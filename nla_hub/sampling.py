@@ -76,7 +76,7 @@ def choose(logits: Tensor, draws: Tensor | None, temperature: float) -> tuple[Te
         tokens = wide.argmax(dim=-1)
         logp = wide.log_softmax(dim=-1)
     else:
-        logp = (wide / temperature).log_softmax(dim=-1)
+        logp = (wide / max(temperature, 1e-30)).log_softmax(dim=-1)  # smaller ones are zero in float32
         cdf = logp.double().exp().cumsum(dim=-1)
         targets = draws.to(cdf)[:, None] * cdf[:, -1:]
         tokens = torch.searchsorted(cdf, targets, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)

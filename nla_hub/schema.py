@@ -144,7 +144,7 @@ class _Reader:
     def dataclass(self, kind: type[Any], value: Any, path: str) -> Any:
         if not isinstance(value, Mapping):
             return self._wrong(path, value, "a mapping")
-        before = len(self.faults)
+        broken = False
         fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
         for key in value:
             if key not in fields:
@@ -159,8 +159,11 @@ class _Reader:
                 arguments[name] = self.value(expected, value[name], _join(path, name))
             elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
                 self.faults.append(f"{_join(path, name)}: missing (expected {describe(expected)})")
-        if len(self.faults) > before:
-            return _BAD
+                broken = True
+        if broken or any(argument is _BAD for argument in arguments.values()):
+            return (
+                _BAD  # what else may be wrong with it cannot be asked; unknown keys and broken rules do not stop here
+            )
         built = kind(**arguments)
         if hasattr(built, "faults"):
             self.faults += [_join(path, fault) if path else fault for fault in built.faults()]

@@ -122,7 +122,7 @@ class Sidecar:
     final_norm_stripped: bool | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
-    # -- reading ----------------------------------------------------------------------------------------------------
+    # -- reading ---------------------------------------------------------------------------------------------
 
     @classmethod
     def read(cls, directory: Path) -> Sidecar:
@@ -150,7 +150,7 @@ class Sidecar:
         """A sidecar from its YAML mapping; raises a SidecarError that lists all faults."""
         return _Parser(raw, where).sidecar()
 
-    # -- writing ----------------------------------------------------------------------------------------------------
+    # -- writing ---------------------------------------------------------------------------------------------
 
     def to_mapping(self) -> dict[str, Any]:
         """The canonical form: version 2, av/ar keys, numeric scales."""
@@ -198,7 +198,7 @@ class Sidecar:
 
     def integrity(self) -> str:
         """sha256 over the canonical form: tells a hand-edited sidecar from the one that was written."""
-        canonical = json.dumps(self.to_mapping(), sort_keys=True, ensure_ascii=False, default=str)
+        canonical = json.dumps(_named(self.to_mapping()), sort_keys=True, ensure_ascii=False, default=str)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def write(self, directory: Path) -> Path:
@@ -211,7 +211,7 @@ class Sidecar:
         """A copy with some fields changed."""
         return replace(self, **changes)
 
-    # -- verifying --------------------------------------------------------------------------------------------------
+    # -- verifying -------------------------------------------------------------------------------------------
 
     def config_faults(self, config: Any) -> list[str]:
         """What disagrees between this sidecar and a transformers config (of the AV or AR itself)."""
@@ -245,6 +245,13 @@ class Sidecar:
         return faults
 
 
+def _named(value: Any) -> Any:
+    """`value` with every key as text: unknown keys of strangers may be numbers, which do not sort among words."""
+    if isinstance(value, Mapping):
+        return {str(key): _named(item) for key, item in value.items()}
+    return [_named(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
 def _without_none(mapping: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in mapping.items() if value is not None}
 
@@ -252,6 +259,17 @@ def _without_none(mapping: Mapping[str, Any]) -> dict[str, Any]:
 def _base_family(name: str | None) -> str | None:
     """A base model's name without owner and revision: forks and mirrors of one base are the same family."""
     return None if name is None else re.split("@", name.rstrip("/").split("/")[-1])[0].lower()
+
+
+_FIELD_TYPES: dict[str, type] = {"str": str, "int": int, "float": float}
+_TYPE_WORDS: dict[type, str] = {str: "text", int: "a whole number", float: "a finite number"}
+
+
+def _is_number(value: object) -> bool:
+    """Whether a YAML value is a finite number that a float can hold."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return math.isfinite(value) if isinstance(value, float) else abs(value) < 1e300
 
 
 class _Parser:
@@ -273,7 +291,7 @@ class _Parser:
         role = self._role()
         d_model = self._integer("d_model", required=True, minimum=1) or 0
         layer = self._layer()
-        injection = self._injection(role)
+        injection = self._injection(role, d_model)
         sidecar = Sidecar(
             role=role,
             d_model=d_model,
@@ -362,7 +380,7 @@ class _Parser:
         value = self._get(*path)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+        if not _is_number(value) or value <= 0:
             self.faults.append(f"{'.'.join(path)}: got {value!r}, expected a positive number")
             return None
         return float(value)
@@ -373,10 +391,10 @@ class _Parser:
             return math.sqrt(d_model) if d_model else None
         return self._number("extraction", name)
 
-    def _injection(self, role: Role) -> Injection:
+    def _injection(self, role: Role, d_model: int) -> Injection:
         kind = self._get("injection", "kind")
         raw_scale = self._get("extraction", "injection_scale")
-        scale = self._scale("injection_scale", self.raw.get("d_model") or 0)
+        scale = self._scale("injection_scale", d_model)
         if kind is None and (raw_scale is not None or role == "ar"):
             kind = "overwrite"
         if kind not in ("overwrite", "add"):
@@ -438,15 +456,14 @@ class _Parser:
         except TypeError as error:
             self.faults.append(f"{name}: {str(error).split(') ', 1)[-1]}")
             return None
-        for key in names:
+        for key, field_ in kind.__dataclass_fields__.items():
             item = getattr(record, key)
-            if isinstance(item, float) and not math.isfinite(item):
-                self.faults.append(f"{name}.{key}: got {item}, expected a finite number")
-        if kind is ReferenceRecord:
-            for key in ("raw_variance", "mean_norm"):
-                item = getattr(record, key)
-                if not isinstance(item, (int, float)) or not 0 < item:
-                    self.faults.append(f"{name}.{key}: got {item!r}, expected a positive number")
+            expected = _FIELD_TYPES[str(field_.type).removesuffix(" | None")]
+            fits = _is_number(item) if expected is float else isinstance(item, expected) and not isinstance(item, bool)
+            if not fits and not (item is None and str(field_.type).endswith("None")):
+                self.faults.append(f"{name}.{key}: got {item!r}, expected {_TYPE_WORDS[expected]}")
+            elif key in ("raw_variance", "mean_norm") and item <= 0:
+                self.faults.append(f"{name}.{key}: got {item!r}, expected a positive number")
         self.known |= {(name, key) for key in names}
         return record
 

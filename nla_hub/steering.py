@@ -8,7 +8,7 @@ once all use the unsteered h, so they add.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -42,10 +42,12 @@ class SteeringVector:
 
     def __post_init__(self) -> None:
         if self.vector.ndim != 1:
-            raise InputError("A steering vector is one direction.", got=f"shape {tuple(self.vector.shape)}", expected="[d]")
+            raise InputError(
+                "A steering vector is one direction.", got=f"shape {tuple(self.vector.shape)}", expected="[d]"
+            )
         object.__setattr__(self, "vector", as_vectors(self.vector, allow_zero=True)[0].clone())
 
-    # -- arithmetic -------------------------------------------------------------------------------------------------
+    # -- arithmetic ------------------------------------------------------------------------------------------
 
     def _combine(self, other: SteeringVector, sign: float) -> SteeringVector:
         if self.site != other.site or self.vector.shape != other.vector.shape:
@@ -74,12 +76,17 @@ class SteeringVector:
         """Whether there is no direction."""
         return not bool(self.vector.any())
 
-    # -- disk -------------------------------------------------------------------------------------------------------
+    # -- disk ------------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file with site and base model in its metadata; returns its path."""
         target = Path(path)
-        metadata = {"format": "pt", "nla_hub": json.dumps({**vars(self.site), "base": self.base_model, "note": self.note})}
+        if not target.parent.is_dir():
+            raise InputError("There is no such directory.", where=target.parent)
+        metadata = {
+            "format": "pt",
+            "nla_hub": json.dumps({**vars(self.site), "base": self.base_model, "note": self.note}),
+        }
         temporary = target.with_name(f".{target.name}.tmp")
         save_file({"vector": self.vector.contiguous()}, temporary, metadata=metadata)
         temporary.replace(target)
@@ -92,10 +99,12 @@ class SteeringVector:
             with safe_open(path, framework="pt") as file:
                 meta = json.loads((file.metadata() or {})["nla_hub"])
                 return cls(file.get_tensor("vector"), Site(int(meta["layer"])), str(meta["base"]), str(meta["note"]))
-        except (SafetensorError, OSError, KeyError, ValueError) as cause:
-            raise CheckpointError("This is no steering vector.", where=path, expected="a file of SteeringVector.save") from cause
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as cause:
+            raise CheckpointError(
+                "This is no steering vector.", where=path, expected="a file of SteeringVector.save"
+            ) from cause
 
-    # -- use --------------------------------------------------------------------------------------------------------
+    # -- use -------------------------------------------------------------------------------------------------
 
     @contextmanager
     def apply(
@@ -118,7 +127,7 @@ class SteeringVector:
             InputError: another width, strength not finite, unknown word for positions.
             PositionError: an index that the prompt does not have.
         """
-        if not isinstance(strength, (int, float)) or not abs(strength) < float("inf"):
+        if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not abs(strength) < float("inf"):
             raise InputError("strength is a finite number.", got=repr(strength))
         spec = _Steering(self, float(strength), _check_positions(positions))
         found = adapter or adapter_for(model.config)
@@ -129,7 +138,7 @@ class SteeringVector:
         trunk = found.trunk(model)
         steered = getattr(block, _ATTRIBUTE, None)
         if steered is None:
-            steered = _SteeredBlock(trunk, block)
+            steered = _SteeredBlock(model, trunk, block)
             object.__setattr__(block, _ATTRIBUTE, steered)
         steered.active.append(spec)
         try:
@@ -144,9 +153,11 @@ class SteeringVector:
 def _check_positions(positions: SteerPositions) -> SteerPositions:
     if isinstance(positions, str):
         if positions not in ("generated", "all"):
-            raise InputError("Unknown word for positions.", got=repr(positions), expected="'generated', 'all' or indices")
+            raise InputError(
+                "Unknown word for positions.", got=repr(positions), expected="'generated', 'all' or indices"
+            )
         return positions
-    wanted = [positions] if isinstance(positions, int) else list(positions)
+    wanted = list(positions) if isinstance(positions, Iterable) else [positions]
     if not all(isinstance(p, int) and not isinstance(p, bool) for p in wanted):
         raise InputError("Positions are whole numbers.", got=repr(positions))
     return tuple(wanted)
@@ -163,13 +174,15 @@ class _Steering:
         if self.strength == 0 or self.vector.is_zero:
             return None
         wide = self.vector.vector.double()
-        return (self.strength * wide / wide.norm()).float()
+        length: Tensor = wide.norm()
+        return (self.strength * wide / length).float()
 
 
 @dataclass
 class _SteeredBlock:
     """The hooks on one block; all steerings on it are computed from the unsteered output."""
 
+    model: nn.Module
     trunk: nn.Module
     block: nn.Module
     active: list[_Steering] = field(default_factory=list)
@@ -179,14 +192,22 @@ class _SteeredBlock:
         self.index = torch.empty(0)  # int64, same shape: index of each token in its row's whole sequence
         self.prompt = torch.empty(0)  # int64 [rows]: prompt length
         self.previous: Tensor | None = None  # input of the last uncached pass
+        self.padding: Tensor | None = None  # the two-dimensional attention mask that `model` was called with
         self.handles = [
+            # A multimodal wrapper turns the mask into four-dimensional ones before its trunk sees it.
+            self.model.register_forward_pre_hook(self._listen, with_kwargs=True),
             self.trunk.register_forward_pre_hook(self._look, with_kwargs=True),
-            self.block.register_forward_hook(self._steer),
+            # First of all hooks: transformers records `output_hidden_states` in one of its own, which must see the result.
+            self.block.register_forward_hook(self._steer, prepend=True),
         ]
 
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
+
+    def _listen(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get("attention_mask")
+        self.padding = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
     def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Learn which tokens this pass runs over: padding, what the cache holds, where the prompt ends."""
@@ -196,7 +217,9 @@ class _SteeredBlock:
         cache = kwargs.get("past_key_values")
         cached = int(cache.get_seq_length()) if cache is not None else 0
         mask = kwargs.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= cached + columns:
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            mask, self.padding = self.padding, None
+        if mask is not None and mask.shape[0] == rows and mask.shape[1] >= cached + columns:
             attended = mask[:, : cached + columns].bool()
         else:
             attended = torch.ones(rows, cached + columns, dtype=torch.bool, device=given.device)

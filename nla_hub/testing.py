@@ -1,8 +1,8 @@
 """Tiny random models of the real families, for tests of this package and of plug-ins. Offline, seconds to build.
 
-    >>> from nla_hub.testing import random_pair
-    >>> pair = random_pair(tmp_path, "llama")          # tmp_path/source, tmp_path/av, tmp_path/ar
-    >>> nla = NLA.from_pretrained(tmp_path)
+>>> from nla_hub.testing import random_pair
+>>> pair = random_pair(tmp_path, "llama")          # tmp_path/source, tmp_path/av, tmp_path/ar
+>>> nla = NLA.from_pretrained(tmp_path)
 """
 
 from __future__ import annotations
@@ -67,7 +67,10 @@ def random_tokenizer(*, bos: bool = True) -> Any:
     special = ["<pad>", "<eos>", "<|user|>", "<|assistant|>", "<|system|>", "<|tool|>", "<|end|>"]
     special = ["<bos>", *special] if bos else special
     trainer = trainers.BpeTrainer(
-        vocab_size=420, special_tokens=special, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+        vocab_size=420,
+        special_tokens=special,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
     )
     tokenizer.train_from_iterator([" ".join(_WORDS)] * 20, trainer)
     if bos:
@@ -131,7 +134,9 @@ def _gemma_layers(layers: int) -> dict[str, Any]:
     return {"sliding_window": 32, "layer_types": kinds, "query_pre_attn_scalar": 32}
 
 
-def sidecars(tokenizer: Any, base: str, *, layer: int = LAYER, scale: float = 8.0, kind: str = "overwrite") -> tuple[Sidecar, Sidecar]:
+def sidecars(
+    tokenizer: Any, base: str, *, layer: int = LAYER, scale: float = 8.0, kind: str = "overwrite"
+) -> tuple[Sidecar, Sidecar]:
     """AV and AR sidecars whose ids are measured on `tokenizer`."""
     marker_id = tokenizer(MARKER, add_special_tokens=False)["input_ids"][0]
     around = tokenizer(AV_TEMPLATE.replace(INJECTION_PLACEHOLDER, MARKER), add_special_tokens=False)["input_ids"]
@@ -152,7 +157,13 @@ def sidecars(tokenizer: Any, base: str, *, layer: int = LAYER, scale: float = 8.
 
 
 def random_pair(
-    root: Path, architecture: str = "llama", *, bos: bool = True, wrapper: bool = False, kind: str = "overwrite", seed: int = 0
+    root: Path,
+    architecture: str = "llama",
+    *,
+    bos: bool = True,
+    wrapper: bool = False,
+    kind: str = "overwrite",
+    seed: int = 0,
 ) -> RandomPair:
     """Write `root`/source, `root`/av and `root`/ar: random weights in the layout of the released pairs.
 

@@ -103,7 +103,11 @@ def check_sampling(*, n: int, temperature: float, max_new_tokens: int, batch_siz
     for name, value in (("n", n), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InputError(f"{name} is a whole number from 1 up.", got=repr(value))
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not 0 <= temperature < float("inf"):
+    if (
+        isinstance(temperature, bool)
+        or not isinstance(temperature, (int, float))
+        or not 0 <= temperature < float("inf")
+    ):
         raise InputError("temperature is a number from 0 up; 0 is greedy.", got=repr(temperature))
 
 

@@ -16,6 +16,9 @@ MAX_BYTES = 1_000_000
 MAX_NODES = 20_000
 """A sidecar or recipe has some hundred nodes. Aliases may multiply them ("billion laughs"): counted expanded."""
 
+MAX_DIGITS = 100
+"""Of a whole number; Python itself refuses to print very long ones."""
+
 
 def _expanded_nodes(root: yaml.Node) -> int:
     """Number of nodes once every alias is replaced by its target; raises ValueError on cycles."""
@@ -27,6 +30,8 @@ def _expanded_nodes(root: yaml.Node) -> int:
             return sizes[id(node)]
         if id(node) in open_nodes:
             raise ValueError("an anchor that contains itself")
+        if isinstance(node, yaml.ScalarNode) and node.tag.endswith(":int") and len(node.value) > MAX_DIGITS:
+            raise ValueError(f"a number of {len(node.value)} digits")
         open_nodes.add(id(node))
         children: list[yaml.Node] = []
         if isinstance(node, yaml.MappingNode):
@@ -90,6 +95,8 @@ def loads(data: bytes | str, *, where: object, error: type[NLAError]) -> dict[st
 def read(path: Path, *, error: type[NLAError]) -> dict[str, Any]:
     """The mapping in a YAML file; raises `error` (see `loads`) or for a file that cannot be read."""
     try:
+        if (size := path.stat().st_size) > 4 * MAX_BYTES:  # a character has up to four bytes
+            raise error(f"This YAML is refused: {size} bytes, more than {MAX_BYTES} characters", where=path)
         data = path.read_bytes()
     except OSError as cause:
         raise error(f"Cannot be read: {cause.strerror or cause}", where=path) from cause
@@ -103,6 +110,12 @@ def dumps(value: Mapping[str, Any]) -> str:
         def ignore_aliases(self, data: Any) -> bool:
             return True
 
+    def text(dumper: yaml.SafeDumper, data: str) -> yaml.Node:
+        # Unquoted and single-quoted, PyYAML folds these line separators into blanks.
+        style = '"' if any(c in data for c in "\x85\u2028\u2029") else None
+        return dumper.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+    Dumper.add_representer(str, text)
     return yaml.dump(dict(value), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 

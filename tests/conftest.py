@@ -92,9 +92,9 @@ def case(request: pytest.FixtureRequest, make_case: Callable[[Spec], Case]) -> C
     return make_case(request.param)
 
 
-@pytest.fixture(scope="session", params=[s for s in SPECS if s.kind == "overwrite"], ids=str)
-def overwriting(request: pytest.FixtureRequest, make_case: Callable[[Spec], Case]) -> Case:
-    """Every pair of the kind `overwrite`."""
+@pytest.fixture(scope="session", params=[s for s in SPECS if not s.wrapper], ids=str)
+def speaker(request: pytest.FixtureRequest, make_case: Callable[[Spec], Case]) -> Case:
+    """Every kind of AV."""
     return make_case(request.param)
 
 
@@ -102,6 +102,12 @@ def overwriting(request: pytest.FixtureRequest, make_case: Callable[[Spec], Case
 def family(request: pytest.FixtureRequest, make_case: Callable[[Spec], Case]) -> Case:
     """One pair a family, and the wrapper."""
     return make_case(request.param)
+
+
+@pytest.fixture(scope="session", params=ARCHITECTURES)
+def architecture(request: pytest.FixtureRequest, make_case: Callable[[Spec], Case]) -> Case:
+    """One pair a family."""
+    return make_case(Spec(request.param))
 
 
 @pytest.fixture(scope="session")

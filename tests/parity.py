@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from conftest import Case
 
 NEAR_TIE = 1e-4
+STEPS = 14
+"""Long enough that the random Gemma's sliding window (32) has moved past the start of the prompt."""
 TEXTS = (
     "the cat sees a house",
     "a story in the night: the red dog walks and walks, the small quick cat is where it was, and then of the river",
@@ -56,7 +58,7 @@ def same_rows(
     assert different <= 0.05 * len(got), f"{different} of {len(got)} rows differ"
 
 
-# -- references ----------------------------------------------------------------------------------------------------------
+# -- references ----------------------------------------------------------------------------------------------
 
 
 class ReferenceAV:
@@ -118,7 +120,7 @@ class ReferenceAV:
 
 
 class ReferenceAR:
-    """An AR rebuilt from the raw safetensors with one block too many, so that `hidden_states[K+1]` is the raw residual."""
+    """An AR rebuilt from the raw safetensors with one block too many, so that `hidden_states[K+1]` is not normed."""
 
     def __init__(self, directory: Path) -> None:
         self.meta = yaml.safe_load((directory / "nla_meta.yaml").read_text(encoding="utf-8"))
@@ -168,7 +170,7 @@ class ReferenceSource:
         return out.hidden_states[index][0]
 
 
-# -- what the implementation says ---------------------------------------------------------------------------------------
+# -- what the implementation says ----------------------------------------------------------------------------
 
 
 def engine_logits(engine: Any, vectors: Tensor) -> Tensor:
@@ -203,7 +205,7 @@ def stops_rightly(completion: Completion, av: ReferenceAV, max_new_tokens: int) 
     assert completion.logprobs.shape == (len(completion.ids),)
 
 
-# -- checks --------------------------------------------------------------------------------------------------------------
+# -- checks --------------------------------------------------------------------------------------------------
 
 
 def check_logits(case: Case, vectors: Tensor) -> None:
@@ -212,7 +214,7 @@ def check_logits(case: Case, vectors: Tensor) -> None:
     close(engine_logits(case.nla.av.engine, vectors), expected)
 
 
-def check_generation(case: Case, vectors: Tensor, *, draws: Tensor | None = None, steps: int = 24) -> None:
+def check_generation(case: Case, vectors: Tensor, *, draws: Tensor | None = None, steps: int = STEPS) -> None:
     """Greedy or drawn tokens for every batch size, with their log-probabilities."""
     temperature = 1.0 if draws is None else 0.8
     ids, margins = case.av.decode(vectors, steps, draws, temperature)

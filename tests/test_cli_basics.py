@@ -48,7 +48,7 @@ def loaded_after(code: str) -> set[str]:
     return set(shown.stdout.split()) & set(HEAVY)
 
 
-# -- loading ---------------------------------------------------------------------------------------------------------
+# -- loading -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_every_command_is_registered() -> None:
     assert list(command.commands) == [*app_module.COMMANDS] or set(command.commands) == {*app_module.COMMANDS}  # type: ignore[attr-defined]
 
 
-# -- help, version, usage --------------------------------------------------------------------------------------------
+# -- help, version, usage ------------------------------------------------------------------------------------
 
 
 def test_version() -> None:
@@ -102,7 +102,11 @@ def test_help_of_every_command_answers() -> None:
 
 @pytest.mark.parametrize(
     ("args", "hint"),
-    [(["modles", "ls"], "Did you mean 'models'"), (["models", "ls", "--jsno"], "--json"), (["models", "show"], "Missing argument")],
+    [
+        (["modles", "ls"], "Did you mean 'models'"),
+        (["models", "ls", "--jsno"], "--json"),
+        (["models", "show"], "Missing argument"),
+    ],
 )
 def test_wrong_usage_is_exit_2_with_a_hint(args: list[str], hint: str) -> None:
     result = runner.invoke(app, args)
@@ -111,7 +115,7 @@ def test_wrong_usage_is_exit_2_with_a_hint(args: list[str], hint: str) -> None:
     assert result.stdout == ""
 
 
-# -- errors ----------------------------------------------------------------------------------------------------------
+# -- errors --------------------------------------------------------------------------------------------------
 
 
 def test_unknown_names_are_exit_1_with_suggestions_and_no_traceback() -> None:
@@ -179,7 +183,7 @@ def test_a_closed_pipe_is_quiet() -> None:
     process.wait()
 
 
-# -- output ----------------------------------------------------------------------------------------------------------
+# -- output --------------------------------------------------------------------------------------------------
 
 
 def test_models_ls_json_is_one_object_a_line() -> None:
@@ -274,7 +278,7 @@ def test_wide_characters_stay_aligned(capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().out.splitlines() == ["x     y", "漢字  1", "abcd  2"]
 
 
-# -- recipes ---------------------------------------------------------------------------------------------------------
+# -- recipes -------------------------------------------------------------------------------------------------
 
 
 def test_recipes() -> None:
@@ -304,7 +308,7 @@ def test_recipes_cp_writes_the_file_as_it_is_and_never_over_another(tmp_path: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
 
 
-# -- doctor ----------------------------------------------------------------------------------------------------------
+# -- doctor --------------------------------------------------------------------------------------------------
 
 
 def test_doctor_reports_in_json(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from conftest import Case
-from parity import check_generation, close, engine_logits
+from parity import STEPS, check_generation, close, engine_logits, same_rows
 
 from nla_hub.engines import transformers as engine_module
 from nla_hub.errors import InjectionError, UnknownNameError
@@ -18,7 +17,7 @@ from nla_hub.testing import D_MODEL
 
 
 @pytest.fixture
-def generated(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def generated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of every call of the engine."""
     calls: list[int] = []
     generate = engine_module.TransformersEngine.generate
@@ -28,38 +27,50 @@ def generated(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         return generate(self, vectors, *args, **kwargs)
 
     monkeypatch.setattr(engine_module.TransformersEngine, "generate", spy)
-    yield calls
+    return calls
 
 
 def rows(n: int, seed: int = 11) -> torch.Tensor:
     return torch.randn(n, D_MODEL, generator=torch.Generator().manual_seed(seed))
 
 
-def test_greedy_text_equals_an_independent_loop_for_every_batch_size(case: Case, vectors: torch.Tensor) -> None:
-    check_generation(case, vectors)
+def test_greedy_text_equals_an_independent_loop_for_every_batch_size(speaker: Case, vectors: torch.Tensor) -> None:
+    check_generation(speaker, vectors)
 
 
-def test_drawn_text_equals_an_independent_loop_for_every_batch_size(case: Case, vectors: torch.Tensor) -> None:
-    draws = uniforms(0, [RowKey(str(i)) for i in range(len(vectors))], 24)
-    check_generation(case, vectors, draws=draws)
+def test_drawn_text_equals_an_independent_loop_for_every_batch_size(speaker: Case, vectors: torch.Tensor) -> None:
+    draws = uniforms(0, [RowKey(str(i)) for i in range(len(vectors))], STEPS)
+    check_generation(speaker, vectors, draws=draws)
 
 
-def test_rows_that_stop_early_leave_the_others_as_they_are(overwriting: Case) -> None:
-    """At a high temperature some of 24 rows meet EOS or the tag early and leave the batch."""
-    vectors = rows(24)
-    draws = uniforms(1, [RowKey(str(i)) for i in range(24)], 60)
-    run = {"temperature": 3.0, "max_new_tokens": 60}
-    together = overwriting.nla.av.engine.generate(vectors, draws, batch_size=24, **run)
-    alone = overwriting.nla.av.engine.generate(vectors, draws, batch_size=1, **run)
-    lengths = {len(c.ids) for c in together}
-    assert len(lengths) > 1, "no row stopped early: nothing was tested"
-    assert [c.ids for c in together] == [c.ids for c in alone]
-    assert [c.finish for c in together] == [c.finish for c in alone]
+def test_rows_that_stop_early_leave_the_others_as_they_are(architecture: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are made to meet EOS at different steps; those that go on are as if they had run alone."""
+    steps = 20
+    vectors = rows(6)
+    draws = uniforms(1, [RowKey(str(i)) for i in range(6)], steps)
+    stops = {0: 3, 2: 0, 3: 11, 5: 3}
+    for row, step in stops.items():
+        draws[row, step] = -1.0
+    choose = engine_module.choose
+
+    def stopping(logits: torch.Tensor, draws: Any, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens, logp = choose(logits, draws.clamp(min=0), temperature)
+        return torch.where(draws < 0, architecture.av.tokenizer.eos_token_id, tokens), logp
+
+    expected, margins = architecture.av.decode(vectors, steps, draws.clamp(min=0), 0.9)
+    monkeypatch.setattr(engine_module, "choose", stopping)
+    run = {"temperature": 0.9, "max_new_tokens": steps}
+    for batch_size in (6, 1):
+        found = architecture.nla.av.engine.generate(vectors, draws, batch_size=batch_size, **run)
+        assert {i: len(c.ids) - 1 for i, c in enumerate(found) if c.finish == "eos"}.items() >= stops.items()
+        for row, step in stops.items():
+            expected[row][step] = architecture.av.tokenizer.eos_token_id
+        same_rows([c.ids for c in found], expected, margins)
 
 
-def test_a_sampled_marker_is_just_a_token(case: Case, vectors: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sampled_marker_is_just_a_token(speaker: Case, vectors: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine is made to write marker and neighbours; its logits afterwards are those of the plain tokens."""
-    engine = case.nla.av.engine
+    engine = speaker.nla.av.engine
     marker = engine.av.injector.marker
     forced = [marker.left_id, marker.id, marker.right_id, marker.id, marker.left_id]
     seen: list[torch.Tensor] = []
@@ -71,7 +82,7 @@ def test_a_sampled_marker_is_just_a_token(case: Case, vectors: torch.Tensor, mon
     monkeypatch.setattr(engine_module, "choose", force)
     found = engine.generate(vectors, None, temperature=1.0, max_new_tokens=len(forced), batch_size=7)
     assert [list(c.ids) for c in found] == [forced] * 7
-    expected = case.av.logits(vectors, torch.tensor([forced] * 7))
+    expected = speaker.av.logits(vectors, torch.tensor([forced] * 7))
     for step, logits in enumerate(seen):
         close(logits, expected[:, step])
 
@@ -98,23 +109,23 @@ def test_a_tag_that_is_spelled_in_several_tokens_stops_too(llama: Case, monkeypa
     assert (found.text, found.finish) == ("<explanation>a</explanation>", "tag")
 
 
-def test_order_does_not_change_texts(overwriting: Case) -> None:
+def test_order_does_not_change_texts(architecture: Case) -> None:
     vectors = rows(9)
     order = [4, 8, 0, 2, 7, 1, 3, 6, 5]
     for temperature in (0.0, 0.9):
         run = {"temperature": temperature, "max_new_tokens": 16, "batch_size": 4}
-        straight = [e.raw for e in overwriting.nla.verbalize(vectors, **run)]
-        shuffled = [e.raw for e in overwriting.nla.verbalize(vectors[order], **run)]
+        straight = [e.raw for e in architecture.nla.verbalize(vectors, **run)]
+        shuffled = [e.raw for e in architecture.nla.verbalize(vectors[order], **run)]
         assert shuffled == [straight[i] for i in order]
-        assert len(set(straight)) == 9
+        assert len(set(straight)) > 4
 
 
-def test_the_same_seed_gives_the_same_text_and_another_seed_another(overwriting: Case) -> None:
+def test_the_same_seed_gives_the_same_text_and_another_seed_another(architecture: Case) -> None:
     vectors = rows(8)
     run = {"temperature": 0.9, "max_new_tokens": 16}
-    first = [e.raw for e in overwriting.nla.verbalize(vectors, seed=3, batch_size=1, **run)]
-    again = [e.raw for e in overwriting.nla.verbalize(vectors, seed=3, batch_size=8, **run)]
-    other = [e.raw for e in overwriting.nla.verbalize(vectors, seed=4, batch_size=8, **run)]
+    first = [e.raw for e in architecture.nla.verbalize(vectors, seed=3, batch_size=1, **run)]
+    again = [e.raw for e in architecture.nla.verbalize(vectors, seed=3, batch_size=8, **run)]
+    other = [e.raw for e in architecture.nla.verbalize(vectors, seed=4, batch_size=8, **run)]
     assert first == again
     assert all(a != b for a, b in zip(first, other, strict=True))
 
@@ -186,17 +197,19 @@ def test_no_rows_give_no_completions(llama: Case) -> None:
     assert llama.nla.verbalize(torch.empty(0, D_MODEL)) == []
 
 
-def test_the_probe_passes_for_every_pair_and_fails_without_injection(case: Case) -> None:
-    engine = case.nla.av.engine
+def test_the_probe_passes_for_every_pair_and_fails_without_injection(
+    speaker: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = speaker.nla.av.engine
     engine.probe()
-    deaf = torch.zeros(1, len(case.av.tokenizer)).expand(2, -1)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(InjectionError, match="does not reach"):
-        patch.setattr(engine, "_prompt_pass", lambda vectors: (deaf, None))
+    deaf = torch.zeros(1, len(speaker.av.tokenizer)).expand(2, -1)
+    monkeypatch.setattr(engine, "_prompt_pass", lambda vectors: (deaf, None))
+    with pytest.raises(InjectionError, match="does not reach"):
         engine.probe()
 
 
-def test_logits_that_the_engine_chooses_from_differ_between_vectors(case: Case, vectors: torch.Tensor) -> None:
-    logits = engine_logits(case.nla.av.engine, vectors)
+def test_logits_that_the_engine_chooses_from_differ_between_vectors(speaker: Case, vectors: torch.Tensor) -> None:
+    logits = engine_logits(speaker.nla.av.engine, vectors)
     assert len({tuple(row.tolist()) for row in logits}) == len(vectors)
 
 

@@ -12,27 +12,27 @@ from nla_hub.injection import ADD_SITE, Injector, find_markers
 from nla_hub.sidecar import Injection
 
 
-def test_next_token_logits_equal_an_inputs_embeds_forward(case: Case, vectors: torch.Tensor) -> None:
-    check_logits(case, vectors)
+def test_next_token_logits_equal_an_inputs_embeds_forward(speaker: Case, vectors: torch.Tensor) -> None:
+    check_logits(speaker, vectors)
 
 
-def test_a_marker_counts_only_between_its_neighbours(case: Case) -> None:
-    check_neighbours(case)
+def test_a_marker_counts_only_between_its_neighbours(speaker: Case) -> None:
+    check_neighbours(speaker)
 
 
-def test_opposite_vectors_give_different_logits(case: Case, vectors: torch.Tensor) -> None:
+def test_opposite_vectors_give_different_logits(speaker: Case, vectors: torch.Tensor) -> None:
     empty = torch.empty(1, 0, dtype=torch.long)
-    a, b = case.av.logits(vectors[:1], empty), case.av.logits(-vectors[:1], empty)
+    a, b = speaker.av.logits(vectors[:1], empty), speaker.av.logits(-vectors[:1], empty)
     assert float((a.log_softmax(-1) - b.log_softmax(-1)).abs().max()) > 1e-2
 
 
-def test_the_norm_of_a_vector_does_not_matter(case: Case, vectors: torch.Tensor) -> None:
-    injector = case.nla.av.engine.av.injector
+def test_the_norm_of_a_vector_does_not_matter(speaker: Case, vectors: torch.Tensor) -> None:
+    injector = speaker.nla.av.engine.av.injector
     close(injector.entering(vectors * 64), injector.entering(vectors))
 
 
-def test_an_overwritten_row_has_the_norm_of_the_sidecar(overwriting: Case, vectors: torch.Tensor) -> None:
-    entering = overwriting.nla.av.engine.av.injector.entering(vectors)
+def test_an_overwritten_row_has_the_norm_of_the_sidecar(architecture: Case, vectors: torch.Tensor) -> None:
+    entering = architecture.nla.av.engine.av.injector.entering(vectors)
     assert entering.dtype == torch.float32
     close(entering.norm(dim=-1), torch.full((7,), 8.0))
 
@@ -49,10 +49,10 @@ def test_vectors_at_the_ends_of_float32_keep_their_direction(llama: Case, size: 
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0])
-def test_a_vector_without_direction_is_refused(case: Case, vectors: torch.Tensor, bad: float) -> None:
+def test_a_vector_without_direction_is_refused(speaker: Case, vectors: torch.Tensor, bad: float) -> None:
     vectors[3] = bad
     with pytest.raises(VectorError, match="zero, NaN or infinite"):
-        case.nla.av.engine.av.injector.entering(vectors)
+        speaker.nla.av.engine.av.injector.entering(vectors)
 
 
 def test_null_scale_puts_the_raw_vector_in(llama: Case, vectors: torch.Tensor) -> None:
@@ -61,8 +61,8 @@ def test_null_scale_puts_the_raw_vector_in(llama: Case, vectors: torch.Tensor) -
     assert torch.equal(raw.entering(vectors), vectors)
 
 
-def test_the_model_is_as_before_after_injection_and_after_an_exception(case: Case, vectors: torch.Tensor) -> None:
-    engine = case.nla.av.engine
+def test_the_model_is_as_before_after_injection_and_after_an_exception(speaker: Case, vectors: torch.Tensor) -> None:
+    engine = speaker.nla.av.engine
     model, prompt = engine.av.loaded.model, engine.av.prompt
     ids = torch.tensor([prompt.ids])
     columns = torch.tensor([prompt.marker_position])
@@ -87,8 +87,8 @@ def test_the_model_is_as_before_after_injection_and_after_an_exception(case: Cas
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_an_injection_that_never_happened_is_an_error(case: Case, vectors: torch.Tensor) -> None:
-    engine = case.nla.av.engine
+def test_an_injection_that_never_happened_is_an_error(speaker: Case, vectors: torch.Tensor) -> None:
+    engine = speaker.nla.av.engine
     model = engine.av.loaded.model
 
     def nothing() -> None:
@@ -99,8 +99,8 @@ def test_an_injection_that_never_happened_is_an_error(case: Case, vectors: torch
         nothing()
 
 
-def test_a_batch_with_another_number_of_rows_than_vectors_is_an_error(case: Case, vectors: torch.Tensor) -> None:
-    engine = case.nla.av.engine
+def test_a_batch_with_another_number_of_rows_than_vectors_is_an_error(speaker: Case, vectors: torch.Tensor) -> None:
+    engine = speaker.nla.av.engine
     model, prompt = engine.av.loaded.model, engine.av.prompt
 
     def mismatch() -> None:
@@ -111,9 +111,9 @@ def test_a_batch_with_another_number_of_rows_than_vectors_is_an_error(case: Case
         mismatch()
 
 
-def test_markers_in_a_completion_are_just_tokens(case: Case, vectors: torch.Tensor) -> None:
+def test_markers_in_a_completion_are_just_tokens(speaker: Case, vectors: torch.Tensor) -> None:
     """A whole prompt with a completion that spells marker and neighbours, in one pass as a trainer runs it."""
-    engine = case.nla.av.engine
+    engine = speaker.nla.av.engine
     marker, prompt = engine.av.injector.marker, engine.av.prompt
     completion = torch.tensor([[marker.left_id, marker.id, marker.right_id, marker.id]])
     ids = torch.cat([torch.tensor([prompt.ids]), completion], dim=1)
@@ -121,6 +121,6 @@ def test_markers_in_a_completion_are_just_tokens(case: Case, vectors: torch.Tens
     assert columns.tolist() == [prompt.marker_position]
     with engine.av.injector.inject(engine.av.loaded.model, vectors[:1], columns), torch.no_grad():
         got = engine.av.loaded.model(input_ids=ids, use_cache=False).logits
-    close(got[:, len(prompt) - 1 :], case.av.logits(vectors[:1], completion))
+    close(got[:, len(prompt) - 1 :], speaker.av.logits(vectors[:1], completion))
     with pytest.raises(InjectionError, match="holds 2 valid"):
         find_markers(ids, marker)

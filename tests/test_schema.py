@@ -147,7 +147,7 @@ def test_an_unsupported_field_type_is_our_own_mistake() -> None:
         from_mapping(Odd, {"value": 1})
 
 
-# -- overrides -----------------------------------------------------------------------------------------------------
+# -- overrides -----------------------------------------------------------------------------------------------
 
 
 def test_overrides() -> None:
@@ -178,7 +178,7 @@ def test_faulty_overrides_are_all_listed() -> None:
     assert not any("fine" in fault for fault in faults)
 
 
-# -- properties ----------------------------------------------------------------------------------------------------
+# -- properties ----------------------------------------------------------------------------------------------
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
 text = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), max_size=8)

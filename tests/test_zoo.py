@@ -136,7 +136,7 @@ def test_faults_of_several_entries_at_once() -> None:
     assert "entries.f.scores[0].baseline: missing" in text, "a figure never stands without its baseline"
 
 
-# -- plug-ins --------------------------------------------------------------------------------------------------------
+# -- plug-ins ------------------------------------------------------------------------------------------------
 
 PLUGIN = sys.modules[__name__]
 

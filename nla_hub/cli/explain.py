@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from nla_hub.results import Explanations
 
 EXIT_ROWS_IN_ERROR = 4
-EXAMPLE = 'nla-hub explain "today otto came to the island. he had a red drum. parrots squawked"'
+EXAMPLE = "today otto came to the island. he had a red drum. parrots squawked below skin and"
+"""Explained where no text is given: the beginning of a story of the tiny world."""
 
 
 def register(app: typer.Typer) -> None:
@@ -38,7 +39,9 @@ class Item:
 
 
 def explain(
-    texts: Annotated[list[str] | None, typer.Argument(metavar="TEXT...", help="Texts to read.", show_default=False)] = None,
+    texts: Annotated[
+        list[str] | None, typer.Argument(metavar="TEXT...", help="Texts to read.", show_default=False)
+    ] = None,
     file: Annotated[
         str | None,
         typer.Option(
@@ -60,10 +63,13 @@ def explain(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a row.")] = False,
 ) -> None:
     """Explain the activations of texts: what the model holds at a token, in words, with the measured score."""
-    items = list(read_items(texts or [], file))
-    if not items:
-        raise typer.BadParameter(f"nothing to explain. For example: {EXAMPLE}", param_hint="TEXT")
     where = parse_positions(positions)
+    items = list(read_items(texts or [], file))
+    if not texts and file is None:
+        output.message(f'No text was given, so here is an example. Your own: nla-hub explain "..."\n{EXAMPLE}')
+        items = [Item("example", EXAMPLE)]
+    if not items:
+        raise InputError("This file holds no texts.", where=file)
     from nla_hub.nla import NLA
 
     pair = NLA.from_pretrained(nla)

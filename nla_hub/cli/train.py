@@ -24,11 +24,15 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY.SUB=VALUE...", help="Settings to change.", show_default=False)
     ] = None,
-    out: Annotated[Path | None, typer.Option("--output", "-o", help="The run directory.", show_default="runs/NAME-HASH")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The run directory.", show_default="runs/NAME-HASH")
+    ] = None,
     stage: Annotated[
         list[str] | None, typer.Option("--stage", help="Only this stage (repeatable); the ones before it must be done.")
     ] = None,
-    rehearse: Annotated[bool, typer.Option("--rehearse", help="A few steps of every stage, to see that it runs.")] = False,
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="A few steps of every stage, to see that it runs.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a finished stage.")] = False,
 ) -> None:
     """Train a pair from a recipe. The same command continues a run; a changed configuration is refused."""
@@ -52,7 +56,9 @@ def train(
     pair = Pipeline(resolved, run, listener, max_steps=max_steps).execute(stage or STAGES)
     if not as_json:
         output.print_text(str(pair))
-    output.message(f'use it: nla-hub explain --nla ./{pair} "..."' if not pair.is_absolute() else f"use it: --nla {pair}")
+    output.message(
+        f'use it: nla-hub explain --nla ./{pair} "..."' if not pair.is_absolute() else f"use it: --nla {pair}"
+    )
 
 
 def default_directory(recipe: Recipe, rehearsal: bool) -> Path:

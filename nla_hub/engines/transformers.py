@@ -29,7 +29,7 @@ class TransformersEngine:
         require_kind(type(self), av.injector.spec)
         self.av = av
         self.model = av.loaded.model
-        self.device = av.loaded.adapter.embedding_module(self.model).weight.device
+        self.device: torch.device = next(av.loaded.adapter.embedding_module(self.model).parameters()).device
 
     def close(self) -> None:
         """Nothing is held besides the AV."""

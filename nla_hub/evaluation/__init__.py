@@ -1,4 +1,4 @@
-"""Measuring a pair: named protocols, scores with their controls, facts in explanations, what the source holds, steering.
+"""Measuring a pair: protocols, scores with their controls, facts in explanations, what the source holds, steering.
 
 >>> from nla_hub.evaluation import run_protocol
 >>> result = run_protocol(nla, "tiny-eval-v1")

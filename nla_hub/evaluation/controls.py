@@ -106,7 +106,7 @@ def permuted(texts: Sequence[str | None], *, seed: int = 0) -> list[str | None]:
     return [texts[i] for i in derangement(len(texts), seed=seed)]
 
 
-# -- the tiny world ----------------------------------------------------------------------------------------------
+# -- the tiny world ------------------------------------------------------------------------------------------
 
 FLOOR_CLAUSES = ("next_word", "last_word")
 
@@ -172,7 +172,8 @@ def two_word_vectors(
     x = features(train_words)
     gram = x.T @ x + l2 * torch.eye(len(index), dtype=torch.float64)
     weight = torch.linalg.solve(gram, x.T @ (targets - mean))
-    return features(words) @ weight + mean
+    predicted: Tensor = features(words) @ weight + mean
+    return predicted
 
 
 def linear_scores(found: Tensor, vectors: Tensor) -> tuple[list[float | None], list[float | None]]:

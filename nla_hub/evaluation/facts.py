@@ -5,11 +5,11 @@ For a fact with values in a row (definitions):
     recall     = named correctly / rows that have it
     precision  = named correctly / named, over the protocol's own rows, those without the fact included
     chance     = recall after permuting explanations among the rows that have the fact
-    probe      = share of the same rows that a balanced linear probe on the vector gets right, trained on other documents
+    probe      = share of the same rows that a balanced linear probe on the vector, trained elsewhere, gets right
     share      = (recall - chance) / (probe - chance)
 
-Chance is not drawn: row i's chance is the share of the *other* rows whose explanation names i's value, which is the mean
-over all permutations without fixed points.
+Chance is not drawn: row i's chance is the share of the *other* rows whose explanation names i's value, which is
+the mean over all permutations without fixed points.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ def fact_row(
     """The table's row for one fact.
 
     Args:
-        actual, named, probed: value, value named by the explanation (None: none), and the probe's answer, of each of the
-            `n` rows that have the fact; `probed` None where there is no probe.
+        actual, named, probed: value, value named by the explanation (None: none), and the probe's answer, of each of
+            the `n` rows that have the fact; `probed` None where there is no probe.
         documents: document of each of these rows.
         base_actual, base_named: the same over the protocol's own rows, None where a row does not have the fact.
     """

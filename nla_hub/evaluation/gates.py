@@ -1,7 +1,7 @@
 """Gates: bars on an evaluation's figures, as in `--gate "fve>=0.65"`.
 
-A gate is FIGURE OPERATOR BAR, where BAR is a number or another figure ("fve>floor"). Several stand in one text separated
-by commas. A figure that was not measured fails every gate on it.
+A gate is FIGURE OPERATOR BAR, where BAR is a number or another figure ("fve>floor"). Several stand in one text
+separated by commas. A figure that was not measured fails every gate on it.
 """
 
 from __future__ import annotations

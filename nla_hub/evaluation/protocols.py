@@ -78,7 +78,7 @@ def get_protocol(protocol: str | Protocol) -> Protocol:
     return PROTOCOLS[protocol]
 
 
-# -- positions ---------------------------------------------------------------------------------------------------
+# -- positions -----------------------------------------------------------------------------------------------
 
 
 def eligible_positions(encoded: Encoded, min_position: int) -> list[int]:
@@ -159,12 +159,12 @@ def select_rows(
             got=f"{len(kept)} usable documents among {read}",
             expected=f"{protocol.documents} distinct documents with at least {protocol.positions} ordinary tokens "
             f"from position {protocol.min_position} on",
-            next_step="name a larger corpus, or measure on fewer documents (--documents N; the protocol's name changes)",
+            next_step="name a larger corpus, or measure on fewer documents (--documents N changes the protocol's name)",
         )
     return Selection(tuple(kept), tuple(positions), tuple(ends), tuple(texts), read)
 
 
-# -- corpora -----------------------------------------------------------------------------------------------------
+# -- corpora -------------------------------------------------------------------------------------------------
 
 
 def read_corpus(path: str | Path) -> Iterator[Content]:
@@ -265,7 +265,7 @@ def _read_parquet(file: Path) -> Iterator[Content]:
             row += 1
 
 
-# -- leaks -------------------------------------------------------------------------------------------------------
+# -- leaks ---------------------------------------------------------------------------------------------------
 
 
 def overlap(evaluation: Iterable[Content], training: Iterable[Content]) -> list[int]:

@@ -190,9 +190,9 @@ def markdown(result: EvalResult, *, examples: bool = True) -> str:
     parts += [f"**{title}**\n\n{markdown_table(*table)}" for title, table in tables(result)]
     if result.facts:
         parts.append(
-            "Recall: named correctly, of the rows that have the fact. Precision: of all rows that name it. Chance: recall "
-            "with explanations at other rows. Probe: a linear classifier on the vector. Captured share: (recall - chance) / "
-            "(probe - chance), only where the probe beats chance by 0.2."
+            "Recall: named correctly, of the rows that have the fact. Precision: of all rows that name it. Chance: "
+            "recall with explanations at other rows. Probe: a linear classifier on the vector. Captured share: "
+            "(recall - chance) / (probe - chance), only where the probe beats chance by 0.2."
         )
     if examples and result.examples:
         rows = [

@@ -42,8 +42,8 @@ class EvalResult:
         protocol: exactly how; `corpus` names the documents.
         n, documents: rows and documents.
         real: the pair's explanations. permuted: the same at rows not their own. ceiling: gold labels, floor: labels of
-            last and next word only, both through the pair's AR. floor_linear: the two words by ridge regression. The last
-            three exist for the tiny world only.
+            last and next word only, both through the pair's AR. floor_linear: the two words by ridge regression. The
+            last three exist for the tiny world only.
         reference: denominators of every FVE here; None from fewer than 100 rows without a stored one.
         statuses: rows of each status.
         words: mean number of words of usable explanations.
@@ -124,7 +124,7 @@ class EvalResult:
             found[f"source_majority.{check.fact}"] = check.majority
         return found
 
-    # -- JSON ---------------------------------------------------------------------------------------------------------
+    # -- JSON ------------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready mapping with stable keys."""

@@ -102,7 +102,7 @@ def run_protocol(
     return _run_corpus(nla, chosen, Path(corpus), batch_size, told)
 
 
-# -- the two kinds of corpus -------------------------------------------------------------------------------------
+# -- the two kinds of corpus ---------------------------------------------------------------------------------
 
 
 def _run_corpus(nla: NLA, protocol: Protocol, corpus: Path, batch_size: int, progress: Progress) -> EvalResult:
@@ -223,7 +223,7 @@ def _context(text: str, end: int) -> str:
     return text[max(0, end - CONTEXT_CHARACTERS) : end]
 
 
-# -- shared ------------------------------------------------------------------------------------------------------
+# -- shared --------------------------------------------------------------------------------------------------
 
 
 def explain_rows(

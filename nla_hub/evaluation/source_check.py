@@ -1,8 +1,8 @@
 """Whether the source model itself holds what an explanation is asked to tell.
 
-For each fact a balanced linear probe is trained on the source's vectors at tokens where the fact must be remembered (after
-it was stated or decided, before it is said again) in train-split documents, and tested at such tokens of eval-split
-documents. A fact counts as held where the accuracy is at least 0.6 and at least twice the majority class.
+For each fact a balanced linear probe is trained on the source's vectors at tokens where the fact must be remembered
+(after it was stated or decided, before it is said again) in train-split documents, and tested at such tokens of
+eval-split documents. A fact counts as held where the accuracy is at least 0.6 and at least twice the majority class.
 """
 
 from __future__ import annotations
@@ -81,7 +81,13 @@ def memory_rows(
         taken: dict[int, int] = {}
         for fact in short:
             spans = document.memory_spans(fact)
-            inside = {p: s.value for p, end in ends.items() for s in spans if s.start < end <= s.end}
+            inside = {
+                p: s.value
+                for p, end in ends.items()
+                for s in spans
+                # A span ends where the fact ends or changes, too: the token that ends it no longer counts then.
+                if s.start < end <= s.end and document.facts_at(end).get(fact) == s.value
+            }
             for p in choose(list(inside), per_document, seed=seed, document=document_hash(document.content) + fact):
                 if p not in taken:
                     taken[p] = len(rows)

@@ -1,9 +1,10 @@
 """Steering in the tiny world: does editing a fact in an explanation change what the source says next?
 
-Cases, by rule and before anything is steered: eval-split documents in order; stories cut just before the first value that
-answers a question ("who? " | "mara"), couplets just before the verse's planned rhyme would have to be prepared (right after
-"/"). Of these the first `cases` a fact are kept whose *unsteered* greedy continuation names the true value first. The fact
-is changed to another of its values, chosen by the document's hash.
+Cases, by rule and before anything is steered: eval-split documents in order; stories cut at the end of the first
+question about the fact ("... who?"), couplets right after the first "/" (the rhyme is decided there, and said at the
+end of the line). Of these the first `cases` a fact are kept whose *unsteered* greedy continuation names the true value
+first; at most ten times as many prompts are tried. The fact is changed to another of its values, chosen by the
+document's hash.
 
 Directions, each applied to the last token of the prompt and to every generated token:
 
@@ -52,6 +53,7 @@ STEERED_FACTS = ("person", "object", "colour", "place", "mood", "rhyme")
 STRENGTHS = (0.5, 1.0, 2.0, 4.0)
 ANSWER_TOKENS = 4
 VERSE_TOKENS = 24
+TRIES = 10
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class SteeringTable:
     """Flip rates with what they come from.
 
     Attributes:
-        looked_at, eligible: per fact the prompts tried, and those whose unsteered continuation names the true value.
+        looked_at: per fact the prompts tried until enough unsteered continuations named the true value.
         own_explanation: per fact the cases whose explanation is the pair's own; the others use the gold label.
     """
 
@@ -169,7 +171,7 @@ def find_cases(
 
     def settle() -> None:
         nonlocal tried
-        texts = _continue(nla, [c.ids for c in waiting], waiting[0].new_tokens) if waiting else []
+        texts = continue_greedily(nla, [c.ids for c in waiting], waiting[0].new_tokens) if waiting else []
         for case, text in zip(waiting, texts, strict=True):
             if len(found) < cases:
                 tried += 1
@@ -192,8 +194,8 @@ def find_cases(
         waiting.append(Case(fact, row, encoded.ids[: stop + 1], facts[fact], new, budget))
         if len(waiting) == batch_size:
             settle()
-            if len(found) == cases:
-                break
+        if len(found) == cases or tried + len(waiting) >= TRIES * cases:
+            break
     settle()
     return found, tried
 
@@ -231,7 +233,7 @@ def steering_table(
             flips = kept = 0
             for case, vector in zip(chosen, vectors[kind], strict=True):
                 with vector.apply(nla.source.loaded.model, float(strength), positions="generated"):
-                    text = _continue(nla, [case.ids], case.new_tokens)[0]
+                    text = continue_greedily(nla, [case.ids], case.new_tokens)[0]
                 said = first_value(fact, text)
                 flips += said == case.new
                 kept += said == case.old
@@ -277,7 +279,7 @@ def _directions(nla: NLA, cases: Sequence[Case], train: TrainRows) -> tuple[dict
     return found, own
 
 
-def _continue(nla: NLA, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[str]:
+def continue_greedily(nla: NLA, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[str]:
     """Greedy continuations of token sequences by the source, padded on the left."""
     source = nla.source
     pad = source.tokenizer.pad_token_id

@@ -12,6 +12,7 @@ from random import Random
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from nla_hub.checkpoints import save_source
 from nla_hub.tiny.labels import label_texts
 from nla_hub.tiny.tokenizer import build_tokenizer
 from nla_hub.tiny.world import documents
@@ -25,13 +26,13 @@ Progress = Callable[[dict[str, float]], None]
 class SourceSettings:
     """The recipe of the tiny source model. Sizes in numbers, `lr` per step, `steps` in optimizer steps."""
 
-    hidden_size: int = 160
-    layers: int = 5
-    heads: int = 5
-    mlp_size: int = 448
-    documents: int = 48_000
-    steps: int = 1_500
-    batch_documents: int = 64
+    hidden_size: int = 128
+    layers: int = 4
+    heads: int = 4
+    mlp_size: int = 256
+    documents: int = 64_000
+    steps: int = 2_000
+    batch_documents: int = 32
     lr: float = 6e-3
     warmup: float = 0.05
     final_lr: float = 0.02
@@ -162,11 +163,8 @@ def fit(
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out_dir: Path) -> None:
     """Write config, fp16 weights, tokenizer and generation config."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    ends = [int(tokenizer.eos_token_id), int(tokenizer.convert_tokens_to_ids("<|end|>"))]
+    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>")]
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
     )
-    model.to(torch.float16).save_pretrained(out_dir)
-    model.to(torch.float32)
-    tokenizer.save_pretrained(out_dir)
+    save_source(out_dir, model, tokenizer, dtype=torch.float16)

@@ -44,7 +44,9 @@ clara: tidy hen paced eggs
 emil: hungry donkey trudged turnips
 """)
 
-PRONOUN: dict[str, str] = {name: "she" if name in ("mara", "lena", "iris", "nora", "clara") else "he" for name in PERSON}
+PRONOUN: dict[str, str] = {
+    name: "she" if name in ("mara", "lena", "iris", "nora", "clara") else "he" for name in PERSON
+}
 
 OBJECT = _table("""
 kite: papery tail fluttered string
@@ -86,6 +88,11 @@ mountain: rocky eagles soared cliffs
 # The preposition of a clause goes with the place; without a place it is "near".
 PREPOSITION: dict[str, str] = dict(
     zip(PLACE, ("beside", "behind", "around", "below", "across") * 2, strict=True),
+)
+
+# The word that joins two clauses goes with the object; without an object it is "and".
+JOINER: dict[str, str] = dict(
+    zip(OBJECT, ("while", "as", "then", "because", "before") * 2, strict=True),
 )
 
 MOOD = _table("""

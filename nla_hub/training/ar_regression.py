@@ -59,9 +59,7 @@ def train_ar(
         predicted = wrapped(ids.to(device), mask.to(device))
         return direction_loss(predicted, rows.vectors[list(indices)].to(device)).sum(), len(indices)
 
-    result = run_loop(
-        model, loss_of, [len(e) for e in encoded], spec, seed=seed, report=report, max_steps=max_steps
-    )
+    result = run_loop(model, loss_of, [len(e) for e in encoded], spec, seed=seed, report=report, max_steps=max_steps)
     if held_out is not None and len(held_out) >= 2:
         losses = evaluate_ar(model, prompt, held_out)
         denominator = Reference.measure(held_out.vectors, "held-out rows").raw_variance
@@ -77,5 +75,7 @@ def evaluate_ar(model: ARModel, prompt: ARPrompt, rows: TrainingRows, *, batch_s
     with torch.inference_mode():
         for part in chunks(len(rows), batch_size):
             ids, mask = pad_right([prompt.encode(rows.texts[i]) for i in part], pad)
-            losses.append(direction_loss(model(ids.to(device), mask.to(device)).cpu(), rows.vectors[part.start : part.stop]))
+            losses.append(
+                direction_loss(model(ids.to(device), mask.to(device)).cpu(), rows.vectors[part.start : part.stop])
+            )
     return torch.cat(losses)

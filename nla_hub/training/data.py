@@ -47,7 +47,12 @@ class TrainingRows:
 
     def __getitem__(self, rows: slice) -> TrainingRows:
         return TrainingRows(
-            self.vectors[rows], self.texts[rows], self.doc_ids[rows], self.positions[rows], self.prefixes[rows], self.site
+            self.vectors[rows],
+            self.texts[rows],
+            self.doc_ids[rows],
+            self.positions[rows],
+            self.prefixes[rows],
+            self.site,
         )
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors.torch import save_file
 
-from nla_hub import registry
+from nla_hub import registry, yaml_io
 from nla_hub.checkpoints import (
     WEIGHTS_NAME,
     LoadOptions,
@@ -24,14 +26,15 @@ from nla_hub.checkpoints import (
     save_source,
 )
 from nla_hub.errors import InputError, RecipeError
-from nla_hub.evaluation.runner import EvalResult, run_protocol
-from nla_hub.geometry import norms
+from nla_hub.evaluation import EvalResult, run_protocol
+from nla_hub.evaluation.tiny_rows import base_rows, capture_rows, source_tokenizer
+from nla_hub.geometry import norms, unit
 from nla_hub.hub import HubOptions
 from nla_hub.injection import Injector
 from nla_hub.locate import parse_name
 from nla_hub.nla import NLA, Source
 from nla_hub.prompts import ARPrompt, AVPrompt, render_av_prompt
-from nla_hub.sidecar import EXPLANATION_PLACEHOLDER, Injection, MarkerTokens, Sidecar, Site
+from nla_hub.sidecar import EXPLANATION_PLACEHOLDER, Injection, MarkerTokens, ReferenceRecord, Score, Sidecar, Site
 from nla_hub.training.ar_regression import init_ar, train_ar
 from nla_hub.training.av_sft import train_av
 from nla_hub.training.data import TrainingRows, collect, open_corpus, read_rows, write_rows
@@ -43,6 +46,9 @@ STAGES = ("source", "data", "ar", "av", "export", "eval")
 
 SEED_OFFSETS = {"source": 0, "av_sft": 1_000_001, "ar_sft": 2_000_003, "dev": 3_000_017}
 """Every purpose draws its documents from its own stream of the corpus."""
+
+REFERENCE_NAME = "fve_reference.safetensors"
+"""The mean of the reference's unit vectors, float32 [d], beside each half's weights."""
 
 DEV_DOCUMENTS = 100
 """Documents of the held-out rows that the stages report on; the evaluation uses others."""
@@ -70,9 +76,7 @@ class Pipeline:
     `max_steps` bounds every supervised stage (a rehearsal).
     """
 
-    def __init__(
-        self, recipe: Recipe, run: RunDirectory, listener: Listener, *, max_steps: int | None = None
-    ) -> None:
+    def __init__(self, recipe: Recipe, run: RunDirectory, listener: Listener, *, max_steps: int | None = None) -> None:
         self.recipe = recipe
         self.run = run
         self.listener = listener
@@ -122,7 +126,7 @@ class Pipeline:
 
         return report
 
-    # -- the source -------------------------------------------------------------------------------------------------
+    # -- the source ------------------------------------------------------------------------------------------
 
     def _source(self, directory: StageDirectory) -> dict[str, Any]:
         if self.recipe.base.train is None:
@@ -130,7 +134,9 @@ class Pipeline:
         from nla_hub.tiny.source import SourceSettings, train_source
 
         if self.recipe.base.model != "tiny-world":
-            raise RecipeError("Only the tiny world's source can be trained.", got=f"base.model {self.recipe.base.model!r}")
+            raise RecipeError(
+                "Only the tiny world's source can be trained.", got=f"base.model {self.recipe.base.model!r}"
+            )
         try:
             settings = dataclasses.replace(SourceSettings(), **self.recipe.base.train)  # type: ignore[arg-type]
         except TypeError as cause:
@@ -172,7 +178,7 @@ class Pipeline:
         loaded = load_trunk(self.base_directory, Site(self.recipe.layer), self.options)
         return Source(loaded, load_tokenizer(self.base_directory), self.base_name)
 
-    # -- data -------------------------------------------------------------------------------------------------------
+    # -- data ------------------------------------------------------------------------------------------------
 
     def _data(self, directory: StageDirectory) -> dict[str, Any]:
         corpus = open_corpus(self.recipe.data.corpus)
@@ -209,7 +215,7 @@ class Pipeline:
         """The rows of a split, from disk."""
         return read_rows(self.run.stage("data").checkpoint / f"{split}.parquet")
 
-    # -- the contract of the pair -------------------------------------------------------------------------------------
+    # -- the contract of the pair ----------------------------------------------------------------------------
 
     @cached_property
     def sidecars(self) -> tuple[Sidecar, Sidecar]:
@@ -251,7 +257,7 @@ class Pipeline:
         # About the 75th percentile of the raw norms at layer K, rounded (the reference's recipe): three figures.
         return float(f"{float(torch.quantile(norms(self.rows('av_sft').vectors), 0.75)):.3g}")
 
-    # -- the halves -------------------------------------------------------------------------------------------------
+    # -- the halves ------------------------------------------------------------------------------------------
 
     def _ar(self, directory: StageDirectory) -> dict[str, Any]:
         torch.manual_seed(self.recipe.seed)
@@ -268,9 +274,7 @@ class Pipeline:
             held_out=self.rows("dev"),
             max_steps=self.max_steps,
         )
-        save_ar(
-            directory.checkpoint, model.trunk, model.head, self.source.tokenizer, sidecar, dtype=torch.float32
-        )
+        save_ar(directory.checkpoint, model.trunk, model.head, self.source.tokenizer, sidecar, dtype=torch.float32)
         return dataclasses.asdict(result)
 
     def _av(self, directory: StageDirectory) -> dict[str, Any]:
@@ -294,7 +298,7 @@ class Pipeline:
         save_av(directory.checkpoint, loaded.model, tokenizer, sidecar, dtype=torch.float32)
         return dataclasses.asdict(result)
 
-    # -- the finished pair --------------------------------------------------------------------------------------------
+    # -- the finished pair -----------------------------------------------------------------------------------
 
     def _export(self, directory: StageDirectory) -> dict[str, Any]:
         dtype, head_dtype = (getattr(torch, name) for name in (self.recipe.export.dtype, self.recipe.export.head_dtype))
@@ -322,11 +326,19 @@ class Pipeline:
 
     def _eval(self, directory: StageDirectory) -> dict[str, Any]:
         nla = NLA.from_pretrained(self.pair_directory, base_model=self._exported_base())
-        report = self._reporter(directory)
-        result = run_protocol(nla, self.recipe.eval.protocol, progress=report)
+        result = run_protocol(
+            nla,
+            self.recipe.eval.protocol,
+            **self._eval_size(),
+            progress=lambda what, done, total: self.listener.metrics("eval", {"what": what, "done": done, "of": total}),
+        )
         record_score(self.pair_directory, nla, result)
-        (directory.path / "result.json").write_text(result.to_json(), encoding="utf-8")
-        return result.to_dict()
+        yaml_io.write_text(directory.path / "result.json", json.dumps(result.to_dict(), indent=1) + "\n")
+        return {name: value for name, value in result.figures().items() if value is not None}
+
+    def _eval_size(self) -> dict[str, Any]:
+        documents = self.recipe.eval.documents
+        return {} if documents is None else {"documents": documents, "facts": False, "probe_documents": documents}
 
     def _exported_base(self) -> Path:
         exported = self.pair_directory / "source"
@@ -334,10 +346,26 @@ class Pipeline:
 
 
 def record_score(pair: Path, nla: NLA, result: EvalResult) -> None:
-    """Write a result and its reference into the sidecars of a pair."""
+    """Write a result's FVE, its reference and the reference's mean vector into both halves of a pair."""
+    if result.reference is None or result.fve.value is None:
+        return  # a rehearsal has too few rows to measure anything
+    score = Score(
+        value=round(result.fve.value, 4),
+        baseline=result.fve.baseline,
+        dataset=result.fve.dataset,
+        n=result.fve.n,
+        cosine=None if result.real.cosine is None else round(result.real.cosine, 4),
+        protocol=result.protocol.name,
+        commit=result.commit,
+    )
+    record = ReferenceRecord(**vars(result.reference))
+    tokenizer, limit = source_tokenizer(nla)
+    rows = base_rows(tokenizer, result.protocol, limit)
+    mean = unit(capture_rows(nla, rows).vectors).mean(dim=0).float()
     for half in ("av", "ar"):
         sidecar = Sidecar.read(pair / half)
-        sidecar.with_(fve=result.score(), fve_reference=result.reference_record()).write(pair / half)
+        sidecar.with_(fve=score, fve_reference=record).write(pair / half)
+        save_file({"mean": mean}, pair / half / REFERENCE_NAME, metadata={"format": "pt", "dataset": record.dataset})
 
 
 def _suffix_ids(tokenizer: Any, template: str) -> tuple[int, ...]:

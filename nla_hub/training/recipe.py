@@ -174,7 +174,9 @@ def recipe_path(name: str) -> Path:
     if name.endswith((".yaml", ".yml")):
         path = Path(name).expanduser()
         if not path.is_file():
-            raise RecipeError("There is no such recipe file.", where=name, next_step="nla-hub recipes ls shows the packaged ones")
+            raise RecipeError(
+                "There is no such recipe file.", where=name, next_step="nla-hub recipes ls shows the packaged ones"
+            )
         return path
     if name not in recipe_names():
         hint = f"For the file of that name write {name}.yaml" if Path(f"{name}.yaml").is_file() else None

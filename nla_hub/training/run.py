@@ -83,7 +83,9 @@ class RunDirectory:
                     next_step="name another place with -o, or repeat the settings it was started with",
                 )
         elif path.is_dir() and any(path.iterdir()):
-            raise RunError("This directory holds something else than a run.", where=path, next_step="name an empty or new one")
+            raise RunError(
+                "This directory holds something else than a run.", where=path, next_step="name an empty or new one"
+            )
         try:
             path.mkdir(parents=True, exist_ok=True)
             if not config.is_file():

@@ -1,0 +1,81 @@
+"""`nla-hub eval`: a named protocol on a pair, with its controls."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nla_hub.cli import output
+
+PROTOCOL_NAMES = "tiny-eval-v1, nla-eval-v1"
+
+
+def register(app: typer.Typer) -> None:
+    """Add `eval` to the command."""
+    app.command("eval")(evaluate)
+
+
+def evaluate(
+    nla: Annotated[str, typer.Argument(help="The pair: a zoo name, owner/name, or ./directory.")] = "tiny",
+    protocol: Annotated[
+        str | None,
+        typer.Option(help=f"{PROTOCOL_NAMES}.", show_default="nla-eval-v1 where --corpus is given, else tiny-eval-v1"),
+    ] = None,
+    corpus: Annotated[
+        Path | None, typer.Option(help="Documents for nla-eval-v1: .txt, .jsonl or .parquet.", show_default=False)
+    ] = None,
+    documents: Annotated[
+        int | None, typer.Option(help="Another number of documents; the protocol's name then says so.", min=1)
+    ] = None,
+    facts: Annotated[bool, typer.Option("--facts/--no-facts", help="The facts table (tiny world).")] = True,
+    source_check: Annotated[
+        bool, typer.Option("--source-check", help="Also what the source itself holds (tiny world).")
+    ] = False,
+    gate: Annotated[
+        list[str] | None,
+        typer.Option(
+            help='A bar, as in "fve>=0.65", "fve>floor", "share.person>=0.5"; exit 3 where one fails (repeatable).',
+            show_default=False,
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows that run together.", min=1)] = 64,
+    as_json: Annotated[bool, typer.Option("--json", help="The result as one JSON object.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="The result as Markdown tables.")] = False,
+) -> None:
+    """Measure a pair: FVE with both denominators, cosine, controls, and for the tiny world the facts it tells."""
+    from nla_hub.evaluation.gates import check_gates, parse_gates
+
+    gates = parse_gates(gate or [])
+    from nla_hub.evaluation import get_protocol, run_protocol
+
+    chosen = get_protocol(protocol or ("nla-eval-v1" if corpus is not None else "tiny-eval-v1"))
+    from nla_hub.nla import NLA
+
+    pair = NLA.from_pretrained(nla)
+    result = run_protocol(
+        pair,
+        chosen,
+        corpus=corpus,
+        documents=documents,
+        facts=facts,
+        with_source_check=source_check,
+        batch_size=batch_size,
+        progress=report_progress,
+    )
+    if as_json:
+        output.print_json_lines([result.to_dict()])
+    else:
+        output.print_text(result.to_markdown() if markdown else str(result))
+    check_gates(gates, result.figures(), where=f"{result.nla}, {result.protocol.name}")
+
+
+def report_progress(what: str, done: int, total: int) -> None:
+    """A counter on a terminal's stderr; one line at the end of each part elsewhere."""
+    if output.progress_wanted():
+        end = "\n" if done >= total else ""
+        print(f"\r{what}: {done}/{total}", end=end, file=sys.stderr, flush=True)
+    elif done >= total:
+        output.message(f"{what}: {total}")
