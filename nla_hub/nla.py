@@ -13,29 +13,24 @@ from typing import Any, Literal, cast, overload
 import torch
 from torch import Tensor
 
-from nla_hub import registry
 from nla_hub.adapters import adapter_for
 from nla_hub.capture import Activations, Positions, capture, select_positions
 from nla_hub.checkpoints import (
     LoadedModel,
     LoadOptions,
-    has_tokenizer,
-    load_ar,
     load_causal_lm,
     load_config,
     load_tokenizer,
     load_trunk,
 )
-from nla_hub.engines.base import Engine, LoadedAV
 from nla_hub.errors import CheckpointError, InputError, SidecarError
 from nla_hub.flags import row_flags
 from nla_hub.geometry import Reference, as_vectors, cosine, direction_mse
 from nla_hub.hub import HubOptions
-from nla_hub.injection import Injector
-from nla_hub.locate import PairRefs, Ref, parse_name, resolve_pair
-from nla_hub.log import logger
-from nla_hub.prompts import ARPrompt, AVPrompt, Content, Overflow, context_length, encode_source
-from nla_hub.reconstructor import ARModel, Reconstructor
+from nla_hub.loading import check_components, family, hub_name, load_reconstructor, load_verbalizer, open_half
+from nla_hub.locate import PairRefs, Ref, resolve_pair
+from nla_hub.prompts import Content, Overflow, context_length, encode_source
+from nla_hub.reconstructor import Reconstructor
 from nla_hub.results import Explanation, Explanations, Scores
 from nla_hub.sidecar import Sidecar, Site
 from nla_hub.steering import SteeringVector
@@ -127,13 +122,15 @@ class NLA:
             dtype = deprecated.pop("torch_dtype")
         if deprecated:
             raise TypeError(f"from_pretrained() got unexpected keywords: {', '.join(sorted(deprecated))}")
-        wanted = _check_components(components)
+        wanted = check_components(components)
         hub_options = HubOptions(token, cache_dir, local_files_only, force_download)
         options = LoadOptions(dtype, device_map, quantization_config, attn_implementation, trust_remote_code)
         refs = resolve_pair(name, ar=ar, base_model=base_model, revision=revision)
-        av_dir, av_sidecar = _open_half(refs.av, "av", hub_options, weights="av" in wanted) if refs.av else (None, None)
-        if av_sidecar is not None and refs.ar is None and av_sidecar.pair_repo is not None:
-            refs = PairRefs(refs.name, refs.av, parse_name(av_sidecar.pair_repo), refs.base)
+        av_dir, av_sidecar = open_half(refs.av, "av", hub_options, weights="av" in wanted) if refs.av else (None, None)
+        if av_sidecar is not None and ar is None and (named := hub_name(av_sidecar.pair_repo)) is not None:
+            refs = PairRefs(
+                refs.name, refs.av, refs.ar if refs.ar is not None and refs.ar.is_local else named, refs.base
+            )
         ar_dir, ar_sidecar = None, None
         if "ar" in wanted:
             if refs.ar is None:
@@ -142,8 +139,8 @@ class NLA:
                     where=refs.name,
                     next_step='pass ar="owner/name" or ar="./path", or components=("av",) to do without scores',
                 )
-            ar_dir, ar_sidecar = _open_half(refs.ar, "ar", hub_options, weights=True)
-        families = [_family(directory, options) for directory in (av_dir, ar_dir) if directory is not None]
+            ar_dir, ar_sidecar = open_half(refs.ar, "ar", hub_options, weights=True)
+        families = [family(directory, options) for directory in (av_dir, ar_dir) if directory is not None]
         if av_sidecar is not None and ar_sidecar is not None:
             faults = av_sidecar.pair_faults(ar_sidecar)
             if len(set(families)) > 1:
@@ -158,15 +155,14 @@ class NLA:
         av = None
         if "av" in wanted:
             assert av_dir is not None and av_sidecar is not None
-            av = _load_av(av_dir, av_sidecar, refs, engine, options)
+            av = load_verbalizer(av_dir, av_sidecar, refs, engine, options)
         reconstructor = None
         if ar_dir is not None and ar_sidecar is not None:
-            reconstructor = _load_reconstructor(ar_dir, ar_sidecar, av_dir, str(refs.ar), options)
+            reconstructor = load_reconstructor(ar_dir, ar_sidecar, av_dir, str(refs.ar), options)
         base = refs.base
         if base is None:
             sidecar = av_sidecar or ar_sidecar
-            if sidecar is not None and sidecar.base_model is not None:
-                base = parse_name(sidecar.base_model)
+            base = hub_name(sidecar.base_model) if sidecar is not None else None
         return cls(
             name=refs.name,
             av=av,
@@ -231,8 +227,11 @@ class NLA:
 
     def _open_source(self, *, complete: bool) -> Source:
         if self._base is None:
+            named = self._sidecar.base_model
             raise CheckpointError(
-                "Nothing says which base model this pair explains.",
+                "Nothing says where the base model of this pair is."
+                if named is None
+                else f"The sidecar calls the base model {named!r}, which is not a Hub name.",
                 where=self.name,
                 next_step='pass base_model="owner/name" or base_model="./path" to from_pretrained',
             )
@@ -321,6 +320,7 @@ class NLA:
         seed: int = 0,
         batch_size: int = 32,
         keys: Sequence[object] | None = None,
+        show_progress_bar: bool | None = None,
     ) -> Any:
         """Explanations of vectors, not scored.
 
@@ -329,6 +329,7 @@ class NLA:
             n: samples a vector.
             temperature: 0 is greedy.
             keys: one a row; what its randomness depends on besides the seed (the vector's own bytes by default).
+            show_progress_bar: None shows one from 64 vectors up, on a terminal.
 
         Returns:
             One vector [d]: one Explanation. [N, d] or Activations: a list of N. With n > 1 each becomes a list of n.
@@ -342,15 +343,17 @@ class NLA:
         values = acts.vectors if acts is not None else vectors
         rows = as_vectors(values, d=self.d_model)
         row_keys = as_keys(keys) if keys is not None else (list(acts.keys) if acts is not None else None)
-        nested = self.av.verbalize(
-            rows,
-            keys=row_keys,
-            n=n,
-            temperature=temperature,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-            batch_size=batch_size,
-        )
+        with _progress_bar(show_progress_bar, len(rows) * n) as bar:
+            nested = self.av.verbalize(
+                rows,
+                keys=row_keys,
+                n=n,
+                temperature=temperature,
+                max_new_tokens=max_new_tokens,
+                seed=seed,
+                batch_size=batch_size,
+                progress=bar.update,
+            )
         nested = [[self._annotated(e, acts, i) for e in group] for i, group in enumerate(nested)]
         single = acts is None and _ndim(values) == 1
         shaped: list[Any] = nested if n > 1 else [group[0] for group in nested]
@@ -433,6 +436,7 @@ class NLA:
         doc_ids: Sequence[str] | None = None,
         overflow: Overflow = "error",
         parse_special_tokens: bool = False,
+        show_progress_bar: bool | None = None,
     ) -> Explanations:
         """Capture, verbalize and score in one call; see those three for arguments and errors."""
         acts = self.capture(
@@ -444,7 +448,13 @@ class NLA:
             parse_special_tokens=parse_special_tokens,
         )
         return self.explain_activations(
-            acts, n=n, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed, batch_size=batch_size
+            acts,
+            n=n,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            batch_size=batch_size,
+            show_progress_bar=show_progress_bar,
         )
 
     def explain_activations(
@@ -456,10 +466,17 @@ class NLA:
         max_new_tokens: int = 200,
         seed: int = 0,
         batch_size: int = 32,
+        show_progress_bar: bool | None = None,
     ) -> Explanations:
         """Verbalize and score captured vectors; without an AR the rows stay unscored."""
         found = self.verbalize(
-            acts, n=n, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed, batch_size=batch_size
+            acts,
+            n=n,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            batch_size=batch_size,
+            show_progress_bar=show_progress_bar,
         )
         rows: list[Explanation] = [e for group in found for e in group] if n > 1 else list(found)
         if self._ar is None or not rows:
@@ -481,58 +498,16 @@ class NLA:
         return SteeringVector(vector.float(), self.site, str(self._base or self._sidecar.base_model or ""), note)
 
 
-# -- loading the parts ---------------------------------------------------------------------------------------
+def _progress_bar(show: bool | None, total: int) -> Any:
+    from tqdm import tqdm
+
+    # tqdm's own rule for None: no bar where stderr is not a terminal.
+    hidden = None if show is None and total >= PROGRESS_FROM else not show
+    return tqdm(total=total, desc="verbalize", unit="vector", disable=hidden, leave=False)
 
 
-def _check_components(components: Sequence[str]) -> set[str]:
-    wanted = {components} if isinstance(components, str) else set(components)
-    if not wanted or not wanted <= {"av", "ar"}:
-        raise InputError("Unknown components.", got=repr(components), expected='"av", "ar" or both')
-    return wanted
-
-
-def _open_half(ref: Ref, role: str, options: HubOptions, *, weights: bool) -> tuple[Path, Sidecar]:
-    directory = ref.fetch(options, weights=weights)
-    sidecar = Sidecar.read(directory)
-    if sidecar.role != role:
-        raise SidecarError(
-            f"This is the {sidecar.role.upper()} half where the {role.upper()} is expected.",
-            where=ref,
-            next_step="name the AV first and the other half as ar=...",
-        )
-    return directory, sidecar
-
-
-def _family(directory: Path, options: LoadOptions) -> str:
-    """The architecture family of a half, from its config alone."""
-    return adapter_for(load_config(directory, trust_remote_code=options.trust_remote_code)).name
-
-
-def _load_av(directory: Path, sidecar: Sidecar, refs: PairRefs, engine: str, options: LoadOptions) -> Verbalizer:
-    config = load_config(directory, trust_remote_code=options.trust_remote_code)
-    tokenizer = load_tokenizer(directory, trust_remote_code=options.trust_remote_code)
-    if faults := sidecar.config_faults(config):
-        raise SidecarError("Sidecar and config.json disagree.", where=directory, faults=faults)
-    prompt = AVPrompt.build(tokenizer, sidecar)
-    loaded = load_causal_lm(directory, options)
-    assert sidecar.marker is not None
-    injector = Injector(loaded.adapter, sidecar.injection, sidecar.marker)
-    engine_type = registry.engines.get("transformers" if engine == "auto" else engine)
-    built: Engine = engine_type(LoadedAV(loaded, tokenizer, prompt, injector))
-    built.probe()
-    logger.debug("%s: AV on engine %s", directory, built.name)
-    revision = refs.av.revision if refs.av is not None else None
-    return Verbalizer(built, sidecar, str(refs.av.name if refs.av and refs.av.kind == "hub" else refs.name), revision)
-
-
-def _load_reconstructor(
-    directory: Path, sidecar: Sidecar, av_directory: Path | None, name: str, options: LoadOptions
-) -> Reconstructor:
-    loaded, head = load_ar(directory, sidecar, options)
-    place = directory if has_tokenizer(directory) or av_directory is None else av_directory
-    tokenizer = load_tokenizer(place, trust_remote_code=options.trust_remote_code)
-    prompt = ARPrompt.build(tokenizer, sidecar, max_length=context_length(loaded.model.config))
-    return Reconstructor(ARModel(loaded.adapter, loaded.model, head), prompt, sidecar, name)
+PROGRESS_FROM = 64
+"""Vectors from which a progress bar is shown unasked."""
 
 
 @overload

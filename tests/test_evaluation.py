@@ -40,24 +40,7 @@ def tokenizer():
 
 
 def texts(n: int) -> list[str]:
-    words = ["the", "a", "cat", "dog", "sees", "walks", "red", "blue", "house", "river", "song", "night", "day"]
-        "the",
-        "a",
-        "cat",
-        "dog",
-        "sees",
-        "walks",
-        "red",
-        "blue",
-        "house",
-        "river",
-        "song",
-        "night",
-        "day",
-        "old",
-        "small",
-        "quick",
-    ]
+    words = ["the", "a", "cat", "dog", "sees", "walks", "red", "blue", "house", "river", "song", "night"]
     rng = np.random.default_rng(0)
     return [" ".join(rng.choice(words, 30)) for _ in range(n)]
 

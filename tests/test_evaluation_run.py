@@ -8,8 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from nla_hub.cli import eval as eval_command
+from nla_hub.cli import steer as steer_command
+from nla_hub.cli.app import RootGroup
 from nla_hub.engines.base import Completion
 from nla_hub.errors import InputError
 from nla_hub.evaluation import EvalResult, run_protocol, source_check, steering_table, tiny_rows
@@ -380,3 +384,60 @@ def test_encoded_rows_are_ordinary_tokens(world: World):
         assert not encoded.special[row.position]
         assert encoded.offsets[row.position][1] == row.char
         assert row.facts == tiny_rows.facts_at(row.document, row.char)
+
+
+# -- the command line --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Runs `nla-hub ...` on the planted pair; returns exit code, stdout and stderr."""
+    app = typer.Typer(cls=RootGroup, callback=lambda: None)
+    for module in (eval_command, steer_command):
+        module.register(app)
+    monkeypatch.setattr(NLA, "from_pretrained", classmethod(lambda cls, name, **settings: world.nla))
+
+    def run(*arguments: str):
+        with pytest.raises(SystemExit) as caught:
+            app(list(arguments))
+        captured = capsys.readouterr()
+        return caught.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+def test_eval_prints_one_json_object_and_gates_set_the_exit_code(command):
+    arguments = ("eval", "tiny", "--documents", "60", "--no-facts", "--json")
+    code, out, _ = command(*arguments, "--gate", "fve>=0.5", "--gate", "fve>permuted")
+    assert code == 0
+    assert EvalResult.from_dict(json.loads(out)).n == 120
+    code, out, err = command(*arguments, "--gate", "fve>=1.5")
+    assert code == 3
+    assert json.loads(out)["n"] == 120
+    assert "fve>=1.5" in err
+
+
+def test_eval_mistakes_cost_nothing(command):
+    assert command("eval", "tiny", "--gate", "nonsense")[0] == 1
+    assert "did you mean" in command("eval", "tiny", "--protocol", "tiny-eval-v2")[2]
+    code, _, err = command("eval", "tiny", "--protocol", "nla-eval-v1")
+    assert (code, "--corpus" in err) == (1, True)
+
+
+def test_steer_prints_unsteered_and_steered_side_by_side(command, world: World):
+    world.reconstructor.vectors |= {"person mara": torch.randn(D), "person otto": torch.randn(D)}
+    arguments = ("steer", "--to", "person mara", "--minus", "person otto", "-s", "0,4", "once otto had a drum. who?")
+    code, out, _ = command(*arguments, "--json")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert code == 0
+    assert [row["strength"] for row in rows] == [0.0, 0.0, 4.0]
+    assert rows[0]["continuation"] == rows[1]["continuation"]
+    code, out, _ = command(*arguments)
+    assert "unsteered" in out
+
+
+def test_steer_usage(command):
+    assert command("steer", "a prompt")[0] == 2
+    assert command("steer", "--table", "a prompt")[0] == 2
+    assert command("steer", "--to", "x", "-s", "much", "a prompt")[0] == 2
+    assert command("steer", "--to", "x", "-p", "here", "a prompt")[0] == 2

@@ -17,6 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("injection", "checkpoints", "results"),
     ("engines", "capture", "reconstructor", "steering"),
     ("verbalizer",),
+    ("loading",),
     ("nla",),
     ("report", "explain", "evaluation"),
     ("training", "publish"),

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Case
+from conftest import Case, Spec
 from hypothesis import given
 from hypothesis import strategies as st
 from parity import TEXTS, close
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nla_hub.errors import CheckpointError, InputError, PositionError, VectorError
 from nla_hub.sidecar import Site
-from nla_hub.steering import SteeringVector
+from nla_hub.steering import SteeringVector, _SteeredBlock
 from nla_hub.testing import D_MODEL, LAYER
 
 POSITIONS: list[Any] = ["generated", "all", 2, -1, [0, -2], [1, 3, 3]]
@@ -266,6 +266,10 @@ def test_generated_steers_the_last_prompt_token_and_every_new_one(family: Case) 
 
 @pytest.mark.parametrize("positions", ["generated", "all", 1, -1, [0, -2]], ids=str)
 def test_a_left_padded_batch_equals_one_prompt_at_a_time(family: Case, positions: Any) -> None:
+    check_left_padding(family, positions)
+
+
+def check_left_padding(family: Case, positions: Any) -> None:
     model = family.source.model
     prompts = [family.source.ids(t) for t in (TEXTS[0], TEXTS[3], "the cat")]
     longest = max(map(len, prompts))
@@ -280,6 +284,24 @@ def test_a_left_padded_batch_equals_one_prompt_at_a_time(family: Case, positions
     assert bool(((singly - unsteered).abs().amax(dim=-1) > 1e-2).all())
     close(logits, singly)
     assert together == alone
+
+
+@pytest.mark.parametrize("half", ["_listen", "_look"])
+def test_padding_that_is_counted_as_text_is_seen(
+    make_case: Callable[..., Case], monkeypatch: pytest.MonkeyPatch, half: str
+) -> None:
+    """Sabotage: the wrapper's mask is not listened to, or the mask that any trunk is given is not looked at."""
+    spec = Spec("gemma3", wrapper=True) if half == "_listen" else Spec("llama")
+    original = getattr(_SteeredBlock, half)
+
+    def deaf(self: Any, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        original(self, module, args, {k: v for k, v in kwargs.items() if k != "attention_mask"})
+
+    monkeypatch.setattr(_SteeredBlock, half, deaf)
+    if half == "_look":
+        monkeypatch.setattr(_SteeredBlock, "_listen", lambda *_: None)
+    with pytest.raises(AssertionError):
+        check_left_padding(make_case(spec), 1)
 
 
 def test_one_context_serves_several_generations(family: Case) -> None:

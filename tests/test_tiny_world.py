@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import pytest
@@ -130,7 +130,8 @@ def test_mentions_and_events_point_at_their_words() -> None:
     for d in TRAIN[:400]:
         for m in d.mentions:
             assert d.text[m.start : m.end] == str(m.value)
-            assert d.facts_at(m.end)[m.fact] == m.value
+            # A planned rhyme is no plan any more once it is said.
+            assert d.facts_at(m.end - (m.fact == "rhyme"))[m.fact] == m.value
             count += 1
     assert count > 1000
 
@@ -155,7 +156,7 @@ def test_sums_add_up() -> None:
             continue
         words = [d.text[a:b] for a, b in d.words]
         total = int(next(w for w in words if w.isdigit()))
-        for here, after in zip(words, words[1:], strict=False):
+        for here, after in pairwise(words):
             if here in ("plus", "minus"):
                 total += int(after) if here == "plus" else -int(after)
             elif here == "makes":
@@ -210,7 +211,8 @@ def test_any_text_can_be_read_for_facts(text: str) -> None:
 
 
 def test_an_imperfect_explanation_is_read_tolerantly() -> None:
-    text = "next gulls;; after the old ; english story; person nobody; person mara; person otto; colour red blue; sum 7; total 7"
+    text = "next gulls;; after the old ; english story; person nobody; person mara; person otto; colour red blue;"
+    text += " sum 7; total 7"
     assert named_facts(text) == {
         "next_word": "gulls", "last_word": "old", "language": "english", "kind": "story",
         "person": "mara", "colour": "red", "running_sum": 7,
@@ -246,7 +248,8 @@ def test_the_saved_tokenizer_comes_back_as_it_was(saved: Path) -> None:
     built = build_tokenizer([d.text for d in docs] + label_texts(docs))
     loaded = AutoTokenizer.from_pretrained(saved)
     samples = [d.text for d in EVAL[:100]] + [
-        "  two  blanks\n\nlines\tand Ünïcödé 日本 e\u0301 🙂", f"<v>{MARKER}</v>", "<explanation>next gulls</explanation>", " ", "\n",
+        "  two  blanks\n\nlines\tand Ünïcödé 日本 e\u0301 🙂", f"<v>{MARKER}</v>",
+        "<explanation>next gulls</explanation>", " ", "\n",
     ]  # fmt: skip
     for text in samples:
         ids = loaded(text, add_special_tokens=False).input_ids
@@ -287,7 +290,9 @@ def test_rendered_chats_equal_the_template(saved: Path) -> None:
         assert tokenizer.apply_chat_template(d.content, tokenize=False) == d.text
         ids = tokenizer(d.text, add_special_tokens=False).input_ids
         assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "who?"}], tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "who?"}], tokenize=False, add_generation_prompt=True
+    )
     assert prompt == "<|bos|><|user|> who?<|end|><|assistant|>"
     with pytest.raises(Exception, match="unknown role"):
         tokenizer.apply_chat_template([{"role": "oracle", "content": "x"}], tokenize=False)

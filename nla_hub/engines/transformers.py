@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from nla_hub.engines.base import Completion, Finish, LoadedAV, probe_vectors, require_kind, require_sensitive
-from nla_hub.prompts import CLOSING_TAG
+from nla_hub.errors import ContextLengthError
+from nla_hub.prompts import CLOSING_TAG, context_length
 from nla_hub.sampling import choose
 
 
@@ -50,7 +51,18 @@ class TransformersEngine:
         batch_size: int,
         progress: Callable[[int], None] | None = None,
     ) -> list[Completion]:
-        """See `Engine.generate`."""
+        """See `Engine.generate`.
+
+        Raises:
+            ContextLengthError: prompt and answer do not fit into what the AV reads.
+        """
+        limit = context_length(self.model.config)
+        if limit is not None and len(self.av.prompt) + max_new_tokens > limit:
+            raise ContextLengthError(
+                "The AV cannot write answers as long as this.",
+                got=f"max_new_tokens={max_new_tokens} after a prompt of {len(self.av.prompt)}",
+                expected=f"at most {limit - len(self.av.prompt)}",
+            )
         done: list[Completion] = []
         with torch.inference_mode():
             for begin in range(0, len(vectors), batch_size):

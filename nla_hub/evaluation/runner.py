@@ -199,13 +199,13 @@ def _run_tiny(
     return replace(
         result,
         ceiling=measure(
-            "gold labels (ceiling)",
+            "gold labels, by the AR (ceiling)",
             *score_texts(nla, gold, vectors, batch_size=batch_size),
             ids,
             result.reference,
         ),
-        floor=measure("labels of last and next word only (floor)", *by_ar, ids, result.reference),
-        floor_linear=measure("last and next word by ridge regression", *by_ridge, ids, result.reference),
+        floor=measure("last and next word only, by the AR (floor)", *by_ar, ids, result.reference),
+        floor_linear=measure("last and next word only, by ridge regression", *by_ridge, ids, result.reference),
         facts=tuple(table),
         source_check=tuple(checks),
         shared_documents=len(overlap({row.document.text for row in base}, trained_on)),

@@ -115,7 +115,7 @@ def _clause(rng: Random, b: Builder, *only: str, end: str | None = None) -> None
         if rng.random() < 0.2:
             _word(rng, b, "adj", facts)
         if end is not None:
-            b.say(end)
+            b.tell("rhyme", end) if b.known.get("rhyme") == end else b.say(end)
         else:
             _word(rng, b, "noun", facts)
 
