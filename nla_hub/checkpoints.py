@@ -1,4 +1,4 @@
-"""Directories on disk -> verified weights, and back.
+"""Directories on disk -> verified weights.
 
 A load is believed only once every weight the model uses was found on disk, every weight on disk was used (or is one that
 the adapter lists), and every used value is finite. transformers alone would fill a missing weight with random numbers and
@@ -7,32 +7,35 @@ leave a line in the log.
 
 from __future__ import annotations
 
-import copy
-import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from nla_hub.adapters import Adapter, adapter_for
 from nla_hub.errors import CheckpointError, SidecarError, WeightsError
 from nla_hub.log import logger
 from nla_hub.sidecar import Sidecar, Site
-
-WEIGHTS_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
-HEAD_NAME = "value_head.safetensors"
-ADAPTER_CONFIG_NAME = "adapter_config.json"
-PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+from nla_hub.weights import (
+    ADAPTER_CONFIG_NAME,
+    HEAD_NAME,
+    INDEX_NAME,
+    WEIGHTS_NAME,
+    WeightIndex,
+    inside,
+    matches,
+    read_header,
+    read_tensor,
+    require_finite_weights,
+    shorten,
+)
 
 
 @dataclass(frozen=True)
@@ -70,124 +73,6 @@ class LoadOptions:
                 "Unknown dtype.", got=repr(self.dtype), expected="'auto', 'float32', 'bfloat16' or 'float16'"
             )
         return found
-
-
-# -- what is on disk -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where one tensor lies: file, shape and safetensors dtype name ("F32", "BF16", ...)."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
-
-
-@dataclass(frozen=True)
-class WeightIndex:
-    """All tensors of a model directory, from the headers alone."""
-
-    directory: Path
-    tensors: dict[str, StoredTensor] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, directory: Path) -> WeightIndex:
-        """Read and check the headers of every shard.
-
-        Raises:
-            WeightsError: no safetensors (pickled weights are refused), a missing or truncated shard, a header larger than
-                its file, an index that points outside the directory or disagrees with the shards.
-        """
-        index_path, single = directory / INDEX_NAME, directory / WEIGHTS_NAME
-        # The order in which transformers looks: what is checked here is what it will load.
-        if single.is_symlink() or single.is_file():
-            return cls(directory, read_header(inside(directory, WEIGHTS_NAME)))
-        if index_path.is_symlink() or index_path.is_file():
-            return cls(directory, _read_sharded(directory, inside(directory, INDEX_NAME)))
-        pickled = sorted(p.name for p in directory.glob("*") if p.suffix in PICKLED)
-        if pickled:
-            raise WeightsError(
-                "This checkpoint has pickled weights only; loading them could run a stranger's code.",
-                where=directory,
-                got=", ".join(pickled[:3]),
-                expected=f"{WEIGHTS_NAME} or {INDEX_NAME}",
-                next_step="ask its author for safetensors, or convert it where you trust it (save_pretrained writes them)",
-            )
-        raise WeightsError(
-            "This directory has no weights.", where=directory, expected=f"{WEIGHTS_NAME} or {INDEX_NAME}"
-        )
-
-
-def inside(directory: Path, name: str) -> Path:
-    """`directory / name`, refused where it leaves the directory or its links run in a circle.
-
-    A downloaded snapshot links its files into the cache's blobs: such a link, one hop to a plain file, is followed.
-    """
-    if Path(name).is_absolute() or ".." in Path(name).parts or Path(name).name != name:
-        raise WeightsError(
-            "The index points outside the checkpoint.",
-            where=directory,
-            got=repr(name),
-            expected="plain file names",
-            next_step="do not use this checkpoint unless its author explains it",
-        )
-    path = directory / name
-    try:
-        real = path.resolve(strict=True)
-    except (RuntimeError, OSError) as cause:
-        looped = isinstance(cause, RuntimeError) or getattr(cause, "errno", None) == 40  # ELOOP
-        what = "This link runs in a circle." if looped else "This file is missing."
-        raise WeightsError(what, where=path, next_step="download the checkpoint again") from cause
-    allowed = [directory.resolve()]
-    if directory.parent.name == "snapshots":
-        allowed.append(directory.resolve().parent.parent)
-    if not any(real.is_relative_to(root) for root in allowed):
-        raise WeightsError(
-            "This link leads outside the checkpoint.",
-            where=path,
-            got=real,
-            next_step="copy the file to where the link is, if you trust it",
-        )
-    return path
-
-
-def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file, from its header; raises a WeightsError where the file is damaged."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            result = {}
-            for name in file.keys():  # noqa: SIM118 -- safe_open is no mapping
-                part = file.get_slice(name)
-                result[name] = StoredTensor(path, tuple(part.get_shape()), part.get_dtype())
-            return result
-    except (SafetensorError, OSError, ValueError) as cause:
-        raise WeightsError(
-            f"This file is damaged or incomplete: {cause}",
-            where=path,
-            next_step="download it again (force_download=True), or copy it again",
-        ) from cause
-
-
-def _read_sharded(directory: Path, index_path: Path) -> dict[str, StoredTensor]:
-    try:
-        weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
-        assert isinstance(weight_map, dict)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as cause:
-        raise WeightsError("This index cannot be read.", where=index_path, next_step="download it again") from cause
-    found: dict[str, StoredTensor] = {}
-    for name in sorted({str(v) for v in weight_map.values()}):
-        found |= read_header(inside(directory, name))
-    faults = [f"missing from its shard {weight_map[n]}: {n}" for n in weight_map if n not in found]
-    faults += [f"in a shard, but not in the index: {n}" for n in found if n not in weight_map]
-    if faults:
-        raise WeightsError("Index and shards disagree.", where=index_path, faults=_shorten(faults))
-    return found
-
-
-def _shorten(faults: Sequence[str], at_most: int = 8) -> list[str]:
-    rest = len(faults) - at_most
-    return [*faults[:at_most], *([f"... and {rest} more"] if rest > 0 else [])]
 
 
 # -- configs and tokenizers ----------------------------------------------------------------------------------
@@ -361,27 +246,9 @@ def load_head(directory: Path, d_model: int) -> nn.Linear:
     return head.requires_grad_(False)
 
 
-def read_tensor(path: Path, name: str) -> Tensor:
-    """One tensor of a safetensors file."""
-    with safe_open(path, framework="pt") as file:
-        return cast(Tensor, file.get_tensor(name))
-
-
 def _blocks_above(adapter: Adapter, site: Site) -> list[str]:
-    # layers.K+1 and up, as a pattern over digits is unreadable: matched by number in `_matches`.
+    # layers.K+1 and up, as a pattern over digits is unreadable: matched by number in `matches`.
     return [f"blocks>{adapter.blocks}>{site.layer}"]
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    for pattern in patterns:
-        if pattern.startswith("blocks>"):
-            _, blocks, last = pattern.split(">")
-            found = re.search(rf"(?:^|\.){blocks}\.(\d+)\.", name)
-            if found and int(found.group(1)) > int(last):
-                return True
-        elif re.search(pattern, name):
-            return True
-    return False
 
 
 def _load(
@@ -429,12 +296,12 @@ def _load(
             where=directory,
             next_step="check that config.json and weights come from the same model",
         ) from cause
-    missing = [n for n in info["missing_keys"] if not _matches(n, may_miss)]
-    unexpected = [n for n in info["unexpected_keys"] if not _matches(n, [*droppable, *adapter.ignored_weights])]
+    missing = [n for n in info["missing_keys"] if not matches(n, may_miss)]
+    unexpected = [n for n in info["unexpected_keys"] if not matches(n, [*droppable, *adapter.ignored_weights])]
     dropped = len(info["unexpected_keys"]) - len(unexpected)
     if dropped:
         logger.debug("%s: %d weights on disk are not needed here", directory, dropped)
-    misshapen = sorted((n, tuple(a), tuple(b)) for n, a, b in info["mismatched_keys"] if not _matches(n, droppable))
+    misshapen = sorted((n, tuple(a), tuple(b)) for n, a, b in info["mismatched_keys"] if not matches(n, droppable))
     faults = [f"missing: {n}" for n in sorted(missing)] + [f"unexpected: {n}" for n in sorted(unexpected)]
     faults += [f"{n}: got shape {got}, expected {expected}" for n, got, expected in misshapen]
     if faults:
@@ -442,7 +309,7 @@ def _load(
             f"{len(missing)} weights are missing, {len(unexpected)} unexpected, {len(misshapen)} misshapen; "
             "a missing one would be random.",
             where=directory,
-            faults=_shorten(faults),
+            faults=shorten(faults),
             next_step="check that the directory holds the whole model, and that its adapter is the right one",
         )
     require_finite_weights(model, directory, but=may_miss)
@@ -481,84 +348,3 @@ def _without_load_report() -> Iterator[None]:
 
 def _keep_all_but_report(record: logging.LogRecord) -> bool:
     return "LOAD REPORT" not in record.getMessage()
-
-
-def require_finite_weights(model: nn.Module, where: object, *, but: Sequence[str] = ()) -> None:
-    """Raise a WeightsError that names every weight with a NaN or infinite value."""
-    broken = [
-        name
-        for name, value in [*model.named_parameters(), *model.named_buffers()]
-        if value.is_floating_point() and not _matches(name, but) and not bool(torch.isfinite(value).all())
-    ]
-    if broken:
-        raise WeightsError(
-            f"{len(broken)} weights hold NaN or infinite values.",
-            where=where,
-            faults=_shorten(broken),
-            next_step="download it again; if it stays, ask its author to export it again",
-        )
-
-
-# -- writing -------------------------------------------------------------------------------------------------
-
-
-def save_av(directory: Path, model: Any, tokenizer: Any, sidecar: Sidecar, *, dtype: torch.dtype) -> None:
-    """Write an AV in the layout of the released ones: a complete causal LM, tokenizer, sidecar."""
-    _save_model(directory, model, tokenizer, dtype)
-    sidecar.write(directory)
-
-
-def save_ar(
-    directory: Path,
-    model: Any,
-    head: nn.Linear,
-    tokenizer: Any,
-    sidecar: Sidecar,
-    *,
-    dtype: torch.dtype,
-    head_dtype: torch.dtype = torch.float32,
-) -> None:
-    """Write an AR in the layout of the released ones: trunk without final norm and lm_head, value head, sidecar.
-
-    `model` is the trunk (see `load_ar`); weight names get the causal LM's prefix, as released ones have it.
-    """
-    require_finite_weights(model, type(model).__name__)
-    require_finite_weights(head, "value head")
-    prefix = f"{model.base_model_prefix}."
-    state = {f"{prefix}{name}": value for name, value in model.state_dict().items()}
-    _save_state(directory, state, dtype)
-    _save_config(directory, model.config, dtype)
-    _save_state(directory, dict(head.state_dict()), head_dtype, HEAD_NAME)
-    tokenizer.save_pretrained(directory)
-    sidecar.write(directory)
-
-
-def save_source(directory: Path, model: Any, tokenizer: Any, *, dtype: torch.dtype) -> None:
-    """Write a base model: a complete causal LM with its tokenizer, no sidecar."""
-    _save_model(directory, model, tokenizer, dtype)
-
-
-def _save_model(directory: Path, model: Any, tokenizer: Any, dtype: torch.dtype) -> None:
-    require_finite_weights(model, type(model).__name__)
-    tied = bool(getattr(model.config, "tie_word_embeddings", False))
-    state = {n: v for n, v in model.state_dict().items() if not (tied and n.startswith("lm_head."))}
-    _save_state(directory, state, dtype)
-    _save_config(directory, model.config, dtype)
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-
-
-def _save_config(directory: Path, config: Any, dtype: torch.dtype) -> None:
-    config = copy.deepcopy(config)
-    config.dtype = dtype
-    config.save_pretrained(directory)
-
-
-def _save_state(directory: Path, state: dict[str, Tensor], dtype: torch.dtype, name: str = WEIGHTS_NAME) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    stored = {key: value.detach().to("cpu", dtype).contiguous() for key, value in state.items()}
-    for key, value in stored.items():
-        if not bool(torch.isfinite(value).all()):
-            raise WeightsError(f"{key} does not fit into {str(dtype).removeprefix('torch.')}.", where=directory)
-    save_torch_state_dict(stored, directory, filename_pattern=name.replace(".safetensors", "{suffix}.safetensors"))

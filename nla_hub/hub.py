@@ -75,8 +75,11 @@ def _typed(repo: str, revision: str | None) -> Iterator[None]:
         ) from cause
     except hf.EntryNotFoundError as cause:
         if isinstance(cause, hf.LocalEntryNotFoundError):
-            raise _unreachable(where) from cause
-        raise HubNotFoundError(f"A file is missing: {_first_line(cause)}", where=where) from cause
+            answer = cause.__cause__  # where the Hub did answer, but not with the files
+            raise (_refused(where, answer) if isinstance(answer, hf.HfHubHTTPError) else _unreachable(where)) from cause
+        raise HubNotFoundError(
+            f"A file is missing: {_first_line(cause)}", where=where, next_step="try again, or name another revision"
+        ) from cause
     except hf.RepositoryNotFoundError as cause:
         if _code(cause) == 401:
             raise _unauthorized(where, cause) from cause
@@ -91,29 +94,20 @@ def _typed(repo: str, revision: str | None) -> Iterator[None]:
             "This is not a repository name.",
             where=where,
             expected="owner/name or owner/name@revision",
+            next_step="check the spelling; a local directory is written ./name",
         ) from cause
     except hf.OfflineModeIsEnabled as cause:
         raise _unreachable(where) from cause
     except hf.HfHubHTTPError as cause:
-        code = _code(cause)
-        if code == 401:
-            raise _unauthorized(where, cause) from cause
-        if code == 403:
-            raise HubGatedError(
-                "The Hub refuses this account.",
-                where=where,
-                got=_status(cause),
-                next_step="check the token's permissions",
-            ) from cause
-        if code == 404:
-            raise HubNotFoundError("The Hub does not have this.", where=where, got=_status(cause)) from cause
-        raise HubError(
-            f"The Hub answered with an error: {_first_line(cause)}", where=where, next_step="try again later"
-        ) from cause
+        raise _refused(where, cause) from cause
     except _transport_errors() as cause:
         raise _unreachable(where) from cause
     except OSError as cause:
-        raise HubError(f"The download could not be stored: {cause}", where=where) from cause
+        raise HubError(
+            f"The download could not be stored: {cause}",
+            where=where,
+            next_step="check free space and permissions of the cache (HF_HOME, cache_dir=)",
+        ) from cause
 
 
 def _transport_errors() -> tuple[type[Exception], ...]:
@@ -123,6 +117,21 @@ def _transport_errors() -> tuple[type[Exception], ...]:
         with suppress(ImportError):
             found.append(import_module(name).TransportError)
     return (ConnectionError, TimeoutError, *found)
+
+
+def _refused(where: str, cause: Exception) -> HubError:
+    code = _code(cause)
+    if code == 401:
+        return _unauthorized(where, cause)
+    if code == 403:
+        return HubGatedError(
+            "The Hub refuses this account.", where=where, got=_status(cause), next_step="check the token's permissions"
+        )
+    if code == 404:
+        return HubNotFoundError(
+            "The Hub does not have this.", where=where, got=_status(cause), next_step="check name and revision"
+        )
+    return HubError(f"The Hub answered with an error: {_first_line(cause)}", where=where, next_step="try again later")
 
 
 def _unauthorized(where: str, cause: Exception) -> HubAuthError:

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from nla_hub.adapters import adapter_for
-from nla_hub.checkpoints import save_ar, save_av
+from nla_hub.export import save_ar, save_av
 from nla_hub.prompts import ARPrompt
 from nla_hub.sidecar import EXPLANATION_PLACEHOLDER, INJECTION_PLACEHOLDER, Injection, MarkerTokens, Sidecar, Site
 

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 
 from nla_hub.cli.reference import reference
+from nla_hub.publish.card import tiny_card
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("model_cards/**/*.md")])
 RUN_PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 
-GENERATED: dict[str, Callable[[], str]] = {"docs/cli.md": reference}
+GENERATED: dict[str, Callable[[], str]] = {"docs/cli.md": reference, "model_cards/tiny.md": tiny_card}
 """Page -> what it must hold. To renew one: see its first line."""
 
 FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=indent)```[ ]*$", re.M | re.S)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -171,6 +172,9 @@ def test_the_result_survives_json_and_prints_its_denominators(world: World):
     assert result.versions["torch"]
     assert result.seeds["protocol"] == 0
     assert result.wall_seconds > 0
+    score = result.score()
+    assert (score.value, score.n, score.protocol) == (result.fve.value, 120, result.protocol.name)
+    assert result.score("mean_norm").value == result.real.fve_mean_norm.value
     with pytest.raises(InputError):
         EvalResult.from_dict({"format": 0})
     with pytest.raises(InputError):
@@ -395,6 +399,8 @@ def command(world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     app = typer.Typer(cls=RootGroup, callback=lambda: None)
     for module in (eval_command, steer_command):
         module.register(app)
+    # Probes and means from few documents: what they find is tested elsewhere.
+    monkeypatch.setattr("nla_hub.evaluation.run_protocol", partial(run_protocol, probe_documents=60))
     monkeypatch.setattr(NLA, "from_pretrained", classmethod(lambda cls, name, **settings: world.nla))
 
     def run(*arguments: str):

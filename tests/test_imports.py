@@ -14,7 +14,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "log"),
     ("yaml_io", "resources", "schema", "sidecar", "geometry", "sampling", "registry", "hub"),
     ("prompts", "flags", "adapters", "locate", "zoo", "memory"),
-    ("injection", "checkpoints", "results"),
+    ("injection", "weights", "checkpoints", "export", "results"),
     ("engines", "capture", "reconstructor", "steering"),
     ("verbalizer",),
     ("loading",),
@@ -34,7 +34,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "ray": ("explain.distributed",),
     "gradio": ("app",),
     "fastapi": ("app",),
-    "huggingface_hub": ("hub", "checkpoints", "publish", "cli.doctor"),
+    "huggingface_hub": ("hub", "export", "publish", "cli.doctor"),
 }
 """Where a package may be imported at all, inside functions too."""
 

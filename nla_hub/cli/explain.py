@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from nla_hub.results import Explanations
 
 EXIT_ROWS_IN_ERROR = 4
-EXAMPLE = "today otto came to the island. he had a red drum. parrots squawked below skin and"
+EXAMPLE = "today otto came to the island. he had a drum in red. parrots squawked below skin and"
 """Explained where no text is given: the beginning of a story of the tiny world."""
 
 

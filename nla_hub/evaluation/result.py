@@ -11,9 +11,9 @@ from nla_hub.evaluation.controls import Measure
 from nla_hub.evaluation.facts import FactRow
 from nla_hub.evaluation.protocols import Protocol
 from nla_hub.evaluation.source_check import SourceCheckRow
-from nla_hub.geometry import FVE, Reference
+from nla_hub.geometry import FVE, Baseline, Reference
+from nla_hub.sidecar import Score
 
-NOT_MEASURED = "not measured"
 FORMAT = 1
 
 
@@ -90,6 +90,13 @@ class EvalResult:
     def ok(self) -> float:
         """Share of rows with status "ok"."""
         return self.statuses.get("ok", 0) / self.n
+
+    def score(self, baseline: Baseline = "raw_variance") -> Score | None:
+        """The figure as a sidecar stores it; None where it was not measured."""
+        fve = self.real.fve if baseline == "raw_variance" else self.real.fve_mean_norm
+        if fve.value is None:
+            return None
+        return Score(fve.value, baseline, fve.dataset, fve.n, self.real.cosine, self.protocol.name, self.commit)
 
     def fact(self, name: str) -> FactRow | None:
         """The facts table's row of `name`."""

@@ -12,7 +12,7 @@ from random import Random
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from nla_hub.checkpoints import save_source
+from nla_hub.export import save_source
 from nla_hub.tiny.labels import label_texts
 from nla_hub.tiny.tokenizer import build_tokenizer
 from nla_hub.tiny.world import documents

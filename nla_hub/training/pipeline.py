@@ -14,20 +14,11 @@ import torch
 from safetensors.torch import save_file
 
 from nla_hub import registry, yaml_io
-from nla_hub.checkpoints import (
-    WEIGHTS_NAME,
-    LoadOptions,
-    load_ar,
-    load_causal_lm,
-    load_tokenizer,
-    load_trunk,
-    save_ar,
-    save_av,
-    save_source,
-)
+from nla_hub.checkpoints import LoadOptions, load_ar, load_causal_lm, load_tokenizer, load_trunk
 from nla_hub.errors import InputError, RecipeError
 from nla_hub.evaluation import EvalResult, run_protocol
 from nla_hub.evaluation.tiny_rows import base_rows, capture_rows, source_tokenizer
+from nla_hub.export import save_ar, save_av, save_source
 from nla_hub.geometry import norms, unit
 from nla_hub.hub import HubOptions
 from nla_hub.injection import Injector
@@ -41,6 +32,7 @@ from nla_hub.training.data import TrainingRows, collect, open_corpus, read_rows,
 from nla_hub.training.labelers import Labeler
 from nla_hub.training.recipe import Recipe
 from nla_hub.training.run import RunDirectory, StageDirectory, timed
+from nla_hub.weights import WEIGHTS_NAME
 
 STAGES = ("source", "data", "ar", "av", "export", "eval")
 

@@ -1,0 +1,173 @@
+"""What lies on disk: the tensors of a checkpoint from their headers alone, and whether values can be believed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from nla_hub.errors import WeightsError
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+HEAD_NAME = "value_head.safetensors"
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor lies: file, shape and safetensors dtype name ("F32", "BF16", ...)."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class WeightIndex:
+    """All tensors of a model directory, from the headers alone."""
+
+    directory: Path
+    tensors: dict[str, StoredTensor] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, directory: Path) -> WeightIndex:
+        """Read and check the headers of every shard.
+
+        Raises:
+            WeightsError: no safetensors (pickled weights are refused), a missing or truncated shard, a header larger than
+                its file, an index that points outside the directory or disagrees with the shards.
+        """
+        index_path, single = directory / INDEX_NAME, directory / WEIGHTS_NAME
+        # The order in which transformers looks: what is checked here is what it will load.
+        if single.is_symlink() or single.is_file():
+            return cls(directory, read_header(inside(directory, WEIGHTS_NAME)))
+        if index_path.is_symlink() or index_path.is_file():
+            return cls(directory, _read_sharded(directory, inside(directory, INDEX_NAME)))
+        pickled = sorted(p.name for p in directory.glob("*") if p.suffix in PICKLED)
+        if pickled:
+            raise WeightsError(
+                "This checkpoint has pickled weights only; loading them could run a stranger's code.",
+                where=directory,
+                got=", ".join(pickled[:3]),
+                expected=f"{WEIGHTS_NAME} or {INDEX_NAME}",
+                next_step="ask its author for safetensors, or convert it where you trust it (save_pretrained writes them)",
+            )
+        raise WeightsError(
+            "This directory has no weights.", where=directory, expected=f"{WEIGHTS_NAME} or {INDEX_NAME}"
+        )
+
+
+def inside(directory: Path, name: str) -> Path:
+    """`directory / name`, refused where it leaves the directory or its links run in a circle.
+
+    A downloaded snapshot links its files into the cache's blobs: such a link, one hop to a plain file, is followed.
+    """
+    if Path(name).is_absolute() or ".." in Path(name).parts or Path(name).name != name:
+        raise WeightsError(
+            "The index points outside the checkpoint.",
+            where=directory,
+            got=repr(name),
+            expected="plain file names",
+            next_step="do not use this checkpoint unless its author explains it",
+        )
+    path = directory / name
+    try:
+        real = path.resolve(strict=True)
+    except (RuntimeError, OSError) as cause:
+        looped = isinstance(cause, RuntimeError) or getattr(cause, "errno", None) == 40  # ELOOP
+        what = "This link runs in a circle." if looped else "This file is missing."
+        raise WeightsError(what, where=path, next_step="download the checkpoint again") from cause
+    allowed = [directory.resolve()]
+    if directory.parent.name == "snapshots":
+        allowed.append(directory.resolve().parent.parent)
+    if not any(real.is_relative_to(root) for root in allowed):
+        raise WeightsError(
+            "This link leads outside the checkpoint.",
+            where=path,
+            got=real,
+            next_step="copy the file to where the link is, if you trust it",
+        )
+    return path
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file, from its header; raises a WeightsError where the file is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            result = {}
+            for name in file.keys():  # noqa: SIM118 -- safe_open is no mapping
+                part = file.get_slice(name)
+                result[name] = StoredTensor(path, tuple(part.get_shape()), part.get_dtype())
+            return result
+    except (SafetensorError, OSError, ValueError) as cause:
+        raise WeightsError(
+            f"This file is damaged or incomplete: {cause}",
+            where=path,
+            next_step="download it again (force_download=True), or copy it again",
+        ) from cause
+
+
+def _read_sharded(directory: Path, index_path: Path) -> dict[str, StoredTensor]:
+    try:
+        weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
+        assert isinstance(weight_map, dict)
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as cause:
+        raise WeightsError("This index cannot be read.", where=index_path, next_step="download it again") from cause
+    found: dict[str, StoredTensor] = {}
+    for name in sorted({str(v) for v in weight_map.values()}):
+        found |= read_header(inside(directory, name))
+    faults = [f"missing from its shard {weight_map[n]}: {n}" for n in weight_map if n not in found]
+    faults += [f"in a shard, but not in the index: {n}" for n in found if n not in weight_map]
+    if faults:
+        raise WeightsError("Index and shards disagree.", where=index_path, faults=shorten(faults))
+    return found
+
+
+def shorten(faults: Sequence[str], at_most: int = 8) -> list[str]:
+    """The first faults of a long list, and how many more there are."""
+    rest = len(faults) - at_most
+    return [*faults[:at_most], *([f"... and {rest} more"] if rest > 0 else [])]
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    """One tensor of a safetensors file."""
+    with safe_open(path, framework="pt") as file:
+        return cast(Tensor, file.get_tensor(name))
+
+
+def require_finite_weights(model: nn.Module, where: object, *, but: Sequence[str] = ()) -> None:
+    """Raise a WeightsError that names every weight with a NaN or infinite value."""
+    broken = [
+        name
+        for name, value in [*model.named_parameters(), *model.named_buffers()]
+        if value.is_floating_point() and not matches(name, but) and not bool(torch.isfinite(value).all())
+    ]
+    if broken:
+        raise WeightsError(
+            f"{len(broken)} weights hold NaN or infinite values.",
+            where=where,
+            faults=shorten(broken),
+            next_step="download it again; if it stays, ask its author to export it again",
+        )
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a weight's name fits any pattern: a regex, or "blocks>LIST>K" for the blocks of LIST above K."""
+    for pattern in patterns:
+        if pattern.startswith("blocks>"):
+            _, blocks, last = pattern.split(">")
+            found = re.search(rf"(?:^|\.){blocks}\.(\d+)\.", name)
+            if found and int(found.group(1)) > int(last):
+                return True
+        elif re.search(pattern, name):
+            return True
+    return False
