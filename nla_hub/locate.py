@@ -11,12 +11,15 @@ import re
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from nla_hub import hub
 from nla_hub.errors import CheckpointError, InputError, UnknownNameError
 from nla_hub.hub import HubOptions
 from nla_hub.sidecar import SIDECAR_NAME
+
+if TYPE_CHECKING:
+    from nla_hub.zoo import ZooEntry
 
 PACKAGE_PREFIX = "package:"
 """Inside zoo.yaml only: a directory of the installed package."""
@@ -36,7 +39,8 @@ class Ref:
         return self.kind in ("directory", "package")
 
     def __str__(self) -> str:
-        return f"{self.name}@{self.revision}" if self.revision else self.name
+        name = f"{PACKAGE_PREFIX}{self.name}" if self.kind == "package" else self.name
+        return f"{name}@{self.revision}" if self.revision else name
 
     def fetch(self, options: HubOptions, *, weights: bool = True) -> Path:
         """The local directory of this checkpoint, downloaded where needed (without its weights if so asked)."""
@@ -63,6 +67,8 @@ def parse_name(name: str | os.PathLike[str], *, revision: str | None = None) -> 
         InputError: a name that is none of these, or a revision given twice.
     """
     if isinstance(name, os.PathLike):
+        if revision is not None:
+            raise InputError("A directory has no revisions.", where=name, got=f"revision={revision!r}")
         return Ref("directory", str(Path(name).expanduser()))
     if not isinstance(name, str) or not name.strip():
         raise InputError("A name is expected here.", got=repr(name), expected="tiny, owner/name or ./directory")
@@ -112,21 +118,15 @@ def resolve_pair(
     `.../name-av` at `.../name-ar`. What the AV's sidecar says (`pair_repo`, `base_checkpoint`) is consulted later,
     by `NLA.from_pretrained`.
     """
-    explicit_ar = parse_name(ar) if ar is not None else None
-    explicit_base = parse_name(base_model) if base_model is not None else None
+    explicit_ar = _part(ar, "ar")
+    explicit_base = _part(base_model, "base")
     ref = parse_name(name, revision=revision)
     if ref.kind == "zoo":
-        from nla_hub.zoo import zoo
-
-        entries = zoo()
-        if ref.name not in entries:
-            hint = None
-            if Path(ref.name).is_dir():
-                hint = f"For the directory of that name write ./{ref.name}"
-            raise UnknownNameError("pair in the zoo", ref.name, entries, next_step=hint)
-        entry = entries[ref.name]
+        entry = _entry(ref)
         av = parse_name(entry.av, revision=entry.av_revision)
         if ref.revision is not None:
+            if av.kind == "package":
+                raise InputError("The packaged pair has no revisions.", where=ref.name, got=repr(ref.revision))
             av = Ref(av.kind, av.name, ref.revision)
         return PairRefs(
             ref.name,
@@ -154,6 +154,27 @@ def resolve_pair(
         explicit_ar or (_directory(beside / other) if other != mine else None),
         explicit_base or _directory(beside / "source"),
     )
+
+
+def _entry(ref: Ref) -> ZooEntry:
+    from nla_hub.zoo import zoo
+
+    entries = zoo()
+    if ref.name not in entries:
+        hint = f"For the directory of that name write ./{ref.name}" if Path(ref.name).is_dir() else None
+        raise UnknownNameError("pair in the zoo", ref.name, entries, next_step=hint)
+    return entries[ref.name]
+
+
+def _part(name: str | os.PathLike[str] | None, half: Literal["ar", "base"]) -> Ref | None:
+    """An AR or a base model that the caller named; the name of a pair stands for that pair's part."""
+    if name is None:
+        return None
+    ref = parse_name(name)
+    if ref.kind != "zoo":
+        return ref
+    entry = _entry(ref)
+    return parse_name(getattr(entry, half), revision=ref.revision or getattr(entry, f"{half}_revision"))
 
 
 def _directory(path: Path) -> Ref | None:

@@ -407,6 +407,14 @@ class NLA:
             if one
             else list(cast("Sequence[Explanation | str | None]", explanations))
         )
+        for i, row in enumerate(rows):
+            if not (row is None or isinstance(row, (str, Explanation))):
+                raise InputError(
+                    "score() takes one explanation a vector.",
+                    where=f"row {i}",
+                    got=type(row).__name__,
+                    next_step="with several samples a vector, score them one sample at a time, or use explain(n=...)",
+                )
         texts = [row.text if isinstance(row, Explanation) else row for row in rows]
         targets = as_vectors(vectors.vectors if isinstance(vectors, Activations) else vectors, d=self.d_model)
         if len(targets) != len(texts):

@@ -224,8 +224,11 @@ class Explanations(Sequence[Explanation]):
         if not target.parent.is_dir():
             raise InputError("There is no such directory.", where=target.parent)
         temporary = target.with_name(f".{target.name}.tmp")
-        pq.write_table(pa.Table.from_pylist([row.to_dict() for row in self.rows], schema=schema), temporary)
-        temporary.replace(target)
+        try:
+            pq.write_table(pa.Table.from_pylist([row.to_dict() for row in self.rows], schema=schema), temporary)
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
         return target
 
     def to_html(self, path: str | Path | None = None) -> str:

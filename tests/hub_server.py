@@ -87,7 +87,9 @@ class Hub:
         }
         self.send(request, 200, files[name].read_bytes(), headers, body)
 
-    def send(self, request: BaseHTTPRequestHandler, status: int, data: bytes, headers: dict[str, str], body: bool) -> None:
+    def send(
+        self, request: BaseHTTPRequestHandler, status: int, data: bytes, headers: dict[str, str], body: bool
+    ) -> None:
         request.send_response(status)
         for key, value in headers.items():
             request.send_header(key, value)

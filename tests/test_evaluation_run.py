@@ -100,22 +100,27 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture
-def world(source: Path) -> World:
-    av, ar = (s.with_(d_model=D) for s in sidecars(random_tokenizer(), "random/source", layer=LAYER))
-    engine, reconstructor = PlantedEngine(), PlantedReconstructor(ar)
-    nla = NLA(name="planted", av=Verbalizer(engine, av, "planted"), ar=reconstructor, base=parse_name(source))
-    tokenizer, limit = tiny_rows.source_tokenizer(nla)
+@pytest.fixture(scope="module")
+def rows(source: Path) -> tuple[list[tiny_rows.Row], torch.Tensor]:
+    """Rows of the protocol (and of a few rare facts) with their vectors."""
+    bare = BareSource(source, LAYER)
+    tokenizer, limit = tiny_rows.source_tokenizer(bare)
     base = tiny_rows.base_rows(tokenizer, PROTOCOLS["tiny-eval-v1"].changed(documents=DOCUMENTS), limit)
     extra, _ = tiny_rows.extra_rows(
         tokenizer, base, tiny_rows.facts_of_world(), wanted=10, k=2, min_position=10, seed=0, max_length=limit
     )
-    rows = [*base, *extra]
-    vectors = tiny_rows.capture_rows(nla, rows).vectors
-    made = World(nla, engine, reconstructor, rows, vectors)
-    gold = [gold_label(r.document, r.char) for r in rows]
+    found = [*base, *extra]
+    return found, tiny_rows.capture_rows(bare, found).vectors
+
+
+@pytest.fixture
+def world(source: Path, rows: tuple[list[tiny_rows.Row], torch.Tensor]) -> World:
+    av, ar = (s.with_(d_model=D) for s in sidecars(random_tokenizer(), "random/source", layer=LAYER))
+    gold = [gold_label(r.document, r.char) for r in rows[0]]
     # Rows with equal labels share one direction; nearly all labels differ.
-    reconstructor.vectors = dict(zip(gold, vectors, strict=True))
+    engine, reconstructor = PlantedEngine(), PlantedReconstructor(ar, dict(zip(gold, rows[1], strict=True)))
+    nla = NLA(name="planted", av=Verbalizer(engine, av, "planted"), ar=reconstructor, base=parse_name(source))
+    made = World(nla, engine, reconstructor, *rows)
     made.say(gold)
     return made
 
