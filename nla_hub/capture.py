@@ -17,7 +17,16 @@ from torch import Tensor, nn
 
 from nla_hub.adapters import Adapter
 from nla_hub.errors import PositionError, VectorError
-from nla_hub.prompts import Content, Encoded, Overflow, context_length, encode_source, pad_id_of, pad_right
+from nla_hub.prompts import (
+    Content,
+    Encoded,
+    Overflow,
+    check_batch_size,
+    context_length,
+    encode_source,
+    pad_id_of,
+    pad_right,
+)
 from nla_hub.sampling import RowKey, document_hash
 from nla_hub.sidecar import Site
 
@@ -175,6 +184,7 @@ def capture(
         TextError, ContextLengthError, PositionError: with the index of the text.
         VectorError: the model itself produced NaN, infinite or zero vectors.
     """
+    check_batch_size(batch_size)
     limit = context_length(model.config)
     pieces: list[tuple[int, Encoded, list[int]]] = []
     for i, content in enumerate(texts):

@@ -221,6 +221,11 @@ class NLA:
         """The complete base model, for generation and steering."""
         return self._open_source(complete=True)
 
+    @property
+    def capture_source(self) -> Source:
+        """What capture runs on: the complete base model where it is loaded already, else only its trunk up to block K."""
+        return self.__dict__.get("source") or self._trunk
+
     @cached_property
     def _trunk(self) -> Source:
         return self._open_source(complete=False)
@@ -286,7 +291,7 @@ class NLA:
         documents = as_documents(texts)
         if doc_ids is not None and len(doc_ids) != len(documents):
             raise InputError("doc_ids= needs one id a document.", got=len(doc_ids), expected=len(documents))
-        source = self.__dict__.get("source") or self._trunk
+        source = self.capture_source
         return capture(
             source.loaded.adapter,
             source.loaded.model,
@@ -305,7 +310,7 @@ class NLA:
         self, content: Content, positions: Positions = "last", *, overflow: Overflow = "error", where: str = "text"
     ) -> None:
         """Raise the InputError that `capture` would raise for one text or conversation, without running the model."""
-        source = self.__dict__.get("source") or self._trunk
+        source = self.capture_source
         limit = context_length(source.loaded.model.config)
         for encoded in encode_source(source.tokenizer, content, max_length=limit, overflow=overflow, where=where):
             select_positions(encoded, positions, where=where)

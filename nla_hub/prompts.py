@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nla_hub.errors import ContextLengthError, InjectionError, SidecarError, TextError
+from nla_hub.errors import ContextLengthError, InjectionError, InputError, SidecarError, TextError
 from nla_hub.sidecar import EXPLANATION_PLACEHOLDER, INJECTION_PLACEHOLDER, MarkerTokens, Sidecar
 
 Message = Mapping[str, Any]
@@ -432,6 +432,12 @@ class ARPrompt:
                 expected=f"at most {self.max_length}",
             )
         return ids
+
+
+def check_batch_size(batch_size: object) -> None:
+    """Raise an InputError for a batch size that is not a whole number from 1 up."""
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise InputError("batch_size is a whole number from 1 up.", got=repr(batch_size))
 
 
 def pad_right(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:

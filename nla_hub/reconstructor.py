@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nla_hub.adapters import Adapter
-from nla_hub.prompts import ARPrompt, last_real, pad_id_of, pad_right
+from nla_hub.prompts import ARPrompt, check_batch_size, last_real, pad_id_of, pad_right
 from nla_hub.sidecar import Sidecar
 
 
@@ -49,6 +49,7 @@ class Reconstructor:
         Raises:
             TextError, ContextLengthError: with the index of the text, before anything is computed.
         """
+        check_batch_size(batch_size)
         first: dict[str, int] = {}
         encoded: list[list[int]] = []
         rows: list[int] = []

@@ -191,9 +191,7 @@ def test_a_model_that_overflows_says_so(llama: Case, monkeypatch: pytest.MonkeyP
     nla.capture("the cat")
     nla._trunk.loaded.model.embed_tokens.weight.data[5] = float("inf")
     with pytest.raises(VectorError, match="The model itself produced"):
-        run_trunk(
-            nla._trunk.loaded.adapter, nla._trunk.loaded.model, nla.site, [([0, 5], [1])], pad_id=0, batch_size=1
-        )
+        run_trunk(nla._trunk.loaded.adapter, nla._trunk.loaded.model, nla.site, [([0, 5], [1])], pad_id=0, batch_size=1)
 
 
 def test_nothing_is_captured_from_nothing(llama: Case) -> None:

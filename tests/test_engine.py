@@ -68,7 +68,9 @@ def test_rows_that_stop_early_leave_the_others_as_they_are(architecture: Case, m
         same_rows([c.ids for c in found], expected, margins)
 
 
-def test_a_sampled_marker_is_just_a_token(speaker: Case, vectors: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sampled_marker_is_just_a_token(
+    speaker: Case, vectors: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The engine is made to write marker and neighbours; its logits afterwards are those of the plain tokens."""
     engine = speaker.nla.av.engine
     marker = engine.av.injector.marker
@@ -91,9 +93,7 @@ def test_the_closing_tag_stops_a_row_and_stays_in_its_text(llama: Case, monkeypa
     engine = llama.nla.av.engine
     script = llama.av.tokenizer("<explanation>the cat</explanation> and more", add_special_tokens=False)["input_ids"]
     steps = iter(script)
-    monkeypatch.setattr(
-        engine_module, "choose", lambda logits, *_: (torch.tensor([next(steps)]), torch.zeros(1))
-    )
+    monkeypatch.setattr(engine_module, "choose", lambda logits, *_: (torch.tensor([next(steps)]), torch.zeros(1)))
     (found,) = engine.generate(rows(1), None, temperature=1.0, max_new_tokens=50, batch_size=1)
     assert (found.text, found.finish) == ("<explanation>the cat</explanation>", "tag")
 
@@ -182,9 +182,7 @@ def test_first_tokens_are_drawn_from_the_models_distribution(llama: Case) -> Non
     vector = rows(1)
     exact = llama.av.logits(vector, torch.empty(1, 0, dtype=torch.long))[0, -1].double().softmax(-1)
     draws = uniforms(7, [RowKey("x", sample=i) for i in range(n)], 1)
-    found = llama.nla.av.engine.generate(
-        vector.expand(n, -1), draws, temperature=1.0, max_new_tokens=1, batch_size=500
-    )
+    found = llama.nla.av.engine.generate(vector.expand(n, -1), draws, temperature=1.0, max_new_tokens=1, batch_size=500)
     top = exact.topk(8)
     counts = torch.bincount(torch.tensor([c.ids[0] for c in found]), minlength=len(exact)).double()
     observed = torch.cat([counts[top.indices], (n - counts[top.indices].sum())[None]])

@@ -20,8 +20,12 @@ from nla_hub.sidecar import ReferenceRecord
 
 RECORD = ReferenceRecord("x", 100, 0.7, 0.9, 2.0, 50.0)
 ROWS = (
-    Explanation("the cat", "<explanation>the cat</explanation>", "ok", 3.5, 0.9, 0.2, ("early",), "d1", 3, " cat", 0, "m", "r"),
-    Explanation(None, "<script>alert(1)</script>", "no_tags", 4.0, flags=("a", "b"), doc_id="d2", position=12, token="<&>"),
+    Explanation(
+        "the cat", "<explanation>the cat</explanation>", "ok", 3.5, 0.9, 0.2, ("early",), "d1", 3, " cat", 0, "m", "r"
+    ),
+    Explanation(
+        None, "<script>alert(1)</script>", "no_tags", 4.0, flags=("a", "b"), doc_id="d2", position=12, token="<&>"
+    ),
     Explanation("a <b>dog</b> & é ㊥", "x", "ok", 2.0, 0.1, 1.8),
 )
 

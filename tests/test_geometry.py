@@ -49,7 +49,9 @@ def rows(n: int = 150, d: int = 16, seed: int = 0) -> Tensor:
 
 
 @given(pairs)
-def test_direction_mse_is_the_elementwise_mse_of_vectors_scaled_to_sqrt_d(values: tuple[np.ndarray, np.ndarray]) -> None:
+def test_direction_mse_is_the_elementwise_mse_of_vectors_scaled_to_sqrt_d(
+    values: tuple[np.ndarray, np.ndarray],
+) -> None:
     a, b = (v.astype(np.float64) for v in values)
     assume(bool((np.linalg.norm(a, axis=1) > 0).all() and (np.linalg.norm(b, axis=1) > 0).all()))
     scale = math.sqrt(a.shape[1])

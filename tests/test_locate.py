@@ -63,12 +63,22 @@ def test_names_that_mean_nothing_are_refused(name: Any) -> None:
 
 
 def test_a_revision_is_given_once(tmp_path: Path) -> None:
-    assert parse_name("owner/name", revision="v1") == parse_name("owner/name@v1") == parse_name("owner/name@v1", revision="v1")
+    assert (
+        parse_name("owner/name", revision="v1")
+        == parse_name("owner/name@v1")
+        == parse_name("owner/name@v1", revision="v1")
+    )
     with pytest.raises(InputError, match="Two different revisions"):
         parse_name("owner/name@v1", revision="v2")
     for directory in ("./x", tmp_path):
         with pytest.raises(InputError, match="A directory has no revisions"):
             parse_name(directory, revision="v1")
+
+
+def test_the_packaged_pair_has_no_revisions() -> None:
+    for keywords in ({"name": "tiny", "revision": "v1"}, {"name": "tiny@v1"}):
+        with pytest.raises(InputError, match="packaged pair has no revisions"):
+            resolve_pair(**keywords)
 
 
 @given(st.text(max_size=30))
@@ -81,7 +91,9 @@ def test_every_spelling_is_a_name_or_a_typed_error(name: str) -> None:
     assert not (ref.kind == "hub" and ref.name.count("/") != 1)
 
 
-@pytest.mark.parametrize(("wrong", "near"), [("qwen2.5-7B", "qwen2.5-7b"), ("gemma-3-27", "gemma-3-27b"), ("tny", "tiny")])
+@pytest.mark.parametrize(
+    ("wrong", "near"), [("qwen2.5-7B", "qwen2.5-7b"), ("gemma-3-27", "gemma-3-27b"), ("tny", "tiny")]
+)
 def test_an_unknown_name_gets_the_near_ones(wrong: str, near: str) -> None:
     with pytest.raises(UnknownNameError, match="did you mean") as caught:
         resolve_pair(wrong)
@@ -131,7 +143,9 @@ def test_a_hub_av_has_its_ar_beside_it() -> None:
 def test_directories_of_a_pair_are_found_by_their_layout(copied: RandomPair, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (copied.root, copied.av, str(copied.av)):
         refs = resolve_pair(name)
-        assert (refs.av, refs.ar, refs.base) == tuple(Ref("directory", str(p)) for p in (copied.av, copied.ar, copied.source))
+        assert (refs.av, refs.ar, refs.base) == tuple(
+            Ref("directory", str(p)) for p in (copied.av, copied.ar, copied.source)
+        )
     copied.av.rename(copied.root / "mine-av")
     copied.ar.rename(copied.root / "mine-ar")
     assert resolve_pair(copied.root / "mine-av").ar == Ref("directory", str(copied.root / "mine-ar"))

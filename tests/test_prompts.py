@@ -239,7 +239,9 @@ def test_all_marker_faults_come_at_once(llama: Case) -> None:
         (MARKER, f"<v>{{injection_char}}</v> or {MARKER}?", "stands 2 times"),
     ],
 )
-def test_a_marker_that_is_not_one_token_once_is_refused(llama: Case, char: str, template: str | None, fault: str) -> None:
+def test_a_marker_that_is_not_one_token_once_is_refused(
+    llama: Case, char: str, template: str | None, fault: str
+) -> None:
     sidecar = llama.nla.sidecar
     assert sidecar.marker is not None
     marker = type(sidecar.marker)(char, sidecar.marker.id, sidecar.marker.left_id, sidecar.marker.right_id)

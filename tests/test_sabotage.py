@@ -127,7 +127,9 @@ def test_a_neighbour_check_of_one_side_only_is_seen(llama: Case, broken: pytest.
         check_neighbours(llama)
 
 
-def test_an_injection_at_the_wrong_token_is_seen(architecture: Case, broken: pytest.MonkeyPatch, vectors: torch.Tensor) -> None:
+def test_an_injection_at_the_wrong_token_is_seen(
+    architecture: Case, broken: pytest.MonkeyPatch, vectors: torch.Tensor
+) -> None:
     prompt = architecture.nla.av.engine.av.prompt
     moved = replace(prompt, marker_position=prompt.marker_position + 1)
     broken.setattr(architecture.nla.av.engine, "av", replace(architecture.nla.av.engine.av, prompt=moved))
@@ -300,8 +302,6 @@ def test_randomness_that_depends_on_the_batch_is_seen(
 
     draws = uniforms(0, [RowKey(str(i)) for i in range(7)], STEPS)
     check_generation(llama, vectors, draws=draws)
-    broken.setattr(
-        engine_module, "choose", lambda logits, d, t: sampling_module.choose(logits, d.roll(1), t)
-    )
+    broken.setattr(engine_module, "choose", lambda logits, d, t: sampling_module.choose(logits, d.roll(1), t))
     with must_fail():
         check_generation(llama, vectors, draws=draws)

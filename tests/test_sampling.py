@@ -43,7 +43,11 @@ def test_streams_of_different_seeds_keys_positions_and_samples_differ() -> None:
 
 def test_streams_are_pinned_for_good() -> None:
     """A change here changes every sampled explanation that anybody has published: it needs a new major version."""
-    assert row_uniforms(0, RowKey("doc", 3, 1), 3).tolist() == [0.8979157029960626, 0.6963703567985795, 0.9931878480070123]
+    assert row_uniforms(0, RowKey("doc", 3, 1), 3).tolist() == [
+        0.8979157029960626,
+        0.6963703567985795,
+        0.9931878480070123,
+    ]
 
 
 def test_streams_are_uniform_across_keys() -> None:
@@ -120,7 +124,9 @@ def test_equal_conversations_have_equal_hashes_whatever_the_order_of_keys() -> N
 def test_a_vectors_hash_is_that_of_its_float32_bytes() -> None:
     row = torch.tensor([1.0, -2.5])
     expected = hashlib.sha256(np.array([1.0, -2.5], dtype="<f4").tobytes()).hexdigest()
-    assert vector_hash(row) == vector_hash(row.double()) == vector_hash(torch.stack([row, row], dim=1)[:, 0]) == expected
+    assert (
+        vector_hash(row) == vector_hash(row.double()) == vector_hash(torch.stack([row, row], dim=1)[:, 0]) == expected
+    )
     assert vector_hash(-row) != expected
 
 

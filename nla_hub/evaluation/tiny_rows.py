@@ -256,5 +256,5 @@ class BareSource:
 
 def source_tokenizer(nla: NLA | BareSource) -> tuple[Any, int | None]:
     """The source's tokenizer and how many tokens the source reads."""
-    source = nla.source if isinstance(nla, BareSource) else nla.__dict__.get("source") or nla._trunk
+    source = nla.source if isinstance(nla, BareSource) else nla.capture_source
     return source.tokenizer, context_length(source.loaded.model.config)  # whichever is loaded: no second copy

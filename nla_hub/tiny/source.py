@@ -41,7 +41,7 @@ class SourceSettings:
     clip: float = 1.0
     max_length: int = 512
     tokenizer_documents: int = 4_000
-    # Fixed extra documents that only the tokenizer learns from never differ between seeds of the model.
+    # The tokenizer learns from a stream of its own, so that models of all seeds share one vocabulary.
     tokenizer_seed: int = 0
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from nla_hub import registry, yaml_io
-from nla_hub.capture import Activations
+from nla_hub.capture import run_trunk
 from nla_hub.errors import TrainingError
 from nla_hub.nla import Source
 from nla_hub.prompts import Encoded, context_length, encode_source, pad_id_of
@@ -28,7 +28,7 @@ from nla_hub.sidecar import Site
 from nla_hub.training.labelers import Corpus, CorpusDocument, Labeler, LabelRequest
 from nla_hub.training.recipe import Recipe
 
-__all__ = ["Activations", "TrainingRows", "collect", "pick_positions", "read_rows", "write_rows"]
+__all__ = ["TrainingRows", "collect", "pick_positions", "read_rows", "write_rows"]
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,6 @@ def collect(
 
     Rows for which the labeler has no answer are left out. Raises a TrainingError where nothing is left.
     """
-    from nla_hub.capture import run_trunk
-
     site = Site(recipe.layer)
     limit = context_length(source.loaded.model.config)
     sequences: list[tuple[Sequence[int], Sequence[int]]] = []

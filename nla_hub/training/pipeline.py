@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from safetensors.torch import save_file
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from nla_hub import registry, yaml_io
 from nla_hub.checkpoints import LoadOptions, load_ar, load_causal_lm, load_tokenizer, load_trunk
 from nla_hub.errors import InputError, RecipeError
-from nla_hub.evaluation import EvalResult, run_protocol
+from nla_hub.evaluation import EvalResult, require_disjoint, run_protocol
 from nla_hub.evaluation.tiny_rows import base_rows, capture_rows, source_tokenizer
 from nla_hub.export import save_ar, save_av, save_source
 from nla_hub.geometry import norms, unit
@@ -33,6 +33,9 @@ from nla_hub.training.labelers import Labeler
 from nla_hub.training.recipe import Recipe
 from nla_hub.training.run import RunDirectory, StageDirectory, timed
 from nla_hub.weights import WEIGHTS_NAME
+
+if TYPE_CHECKING:
+    from nla_hub.tiny.source import SourceSettings
 
 STAGES = ("source", "data", "ar", "av", "export", "eval")
 
@@ -123,19 +126,13 @@ class Pipeline:
     def _source(self, directory: StageDirectory) -> dict[str, Any]:
         if self.recipe.base.train is None:
             return {"base": self.recipe.base.model, "trained": False}
-        from nla_hub.tiny.source import SourceSettings, train_source
+        from nla_hub.tiny.source import train_source
 
         if self.recipe.base.model != "tiny-world":
             raise RecipeError(
                 "Only the tiny world's source can be trained.", got=f"base.model {self.recipe.base.model!r}"
             )
-        try:
-            settings = dataclasses.replace(SourceSettings(), **self.recipe.base.train)  # type: ignore[arg-type]
-        except TypeError as cause:
-            known = ", ".join(f.name for f in dataclasses.fields(SourceSettings))
-            raise RecipeError(f"base.train: {cause}", expected=known) from cause
-        if self.max_steps is not None:
-            settings = dataclasses.replace(settings, steps=self.max_steps)
+        settings = self.source_settings()
         report = self._reporter(directory)
         train_source(
             directory.checkpoint,
@@ -144,6 +141,17 @@ class Pipeline:
             progress=lambda metrics: report({**metrics, "steps": settings.steps}),
         )
         return {"base": self.base_name, "trained": True, "revision": self._base_digest()}
+
+    def source_settings(self) -> SourceSettings:
+        """The settings of a source that is trained here; a RecipeError for a setting that it does not have."""
+        from nla_hub.tiny.source import SourceSettings
+
+        try:
+            settings = dataclasses.replace(SourceSettings(), **(self.recipe.base.train or {}))  # type: ignore[arg-type]
+        except TypeError as cause:
+            known = ", ".join(f.name for f in dataclasses.fields(SourceSettings))
+            raise RecipeError(f"base.train: {cause}", expected=known) from cause
+        return settings if self.max_steps is None else dataclasses.replace(settings, steps=self.max_steps)
 
     @cached_property
     def base_directory(self) -> Path:
@@ -325,8 +333,25 @@ class Pipeline:
             progress=lambda what, done, total: self.listener.metrics("eval", {"what": what, "done": done, "of": total}),
         )
         record_score(self.pair_directory, nla, result)
+        shared = self._require_no_leak(nla, result)
         yaml_io.write_text(directory.path / "result.json", json.dumps(result.to_dict(), indent=1) + "\n")
-        return {name: value for name, value in result.figures().items() if value is not None}
+        figures = {name: value for name, value in result.figures().items() if value is not None}
+        return {**figures, "evaluation_documents_trained_on": shared}
+
+    def _require_no_leak(self, nla: NLA, result: EvalResult) -> int:
+        """How many evaluation documents stand verbatim in what this run trained on; an InputError from 0.5 % up."""
+        tokenizer, limit = source_tokenizer(nla)
+        held_out = {row.document.text: row.document.content for row in base_rows(tokenizer, result.protocol, limit)}
+        corpus = open_corpus(self.recipe.data.corpus)
+        sizes = {"av_sft": self.recipe.av.documents, "ar_sft": self.recipe.ar.documents}
+        if self.recipe.base.train is not None:
+            sizes["source"] = self.source_settings().documents
+        trained_on = (
+            document.content
+            for split, n in sizes.items()
+            for document in corpus.documents(n, seed=self.recipe.seed + SEED_OFFSETS[split])
+        )
+        return require_disjoint(list(held_out.values()), trained_on)
 
     def _eval_size(self) -> dict[str, Any]:
         documents = self.recipe.eval.documents
