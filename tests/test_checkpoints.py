@@ -37,6 +37,15 @@ def test_a_header_larger_than_its_file_is_refused(copied: RandomPair, half: str)
 
 
 @pytest.mark.parametrize("half", HALVES)
+def test_a_garbled_header_is_refused(copied: RandomPair, half: str) -> None:
+    path = copied.root / half / WEIGHTS
+    data = bytearray(path.read_bytes())
+    data[200:220] = bytes(range(128, 148))
+    path.write_bytes(data)
+    refused(copied, half, WEIGHTS, "damaged or incomplete")
+
+
+@pytest.mark.parametrize("half", HALVES)
 def test_offsets_beyond_the_file_are_refused(copied: RandomPair, half: str) -> None:
     path = copied.root / half / WEIGHTS
     data = path.read_bytes()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -53,6 +55,12 @@ def test_a_value_head_with_a_bias_is_used(copied: RandomPair, llama: Case) -> No
     bias = torch.arange(64) / 8
     edit(copied.ar / HEAD, lambda state: state.update(bias=bias))
     close(load(copied, "ar").reconstruct("the cat"), llama.ar.vector("the cat") + bias)
+
+
+def test_a_value_head_in_bfloat16_is_used_in_float32(copied: RandomPair, llama: Case) -> None:
+    edit(copied.ar / HEAD, lambda state: state.update(weight=state["weight"].bfloat16()))
+    nla = load(copied, "ar")
+    assert torch.equal(nla.ar.model.head.weight, llama.ar.head.bfloat16().float())
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (384, 64), (1, 1), (7,)])
@@ -254,3 +262,50 @@ def test_headers_tell_shapes_and_dtypes_without_loading(llama: Case) -> None:
     index = WeightIndex.read(llama.pair.ar)
     assert index.tensors["model.embed_tokens.weight"].shape[1] == 64
     assert {t.dtype for t in index.tensors.values()} == {"F32"}
+
+
+# -- multimodal wrappers -----------------------------------------------------------------------------------------------
+
+SPELLINGS = {
+    "as released": {"model.language_model.": "language_model.model.", "model.vision_tower.": "vision_tower."},
+    "as transformers 5 has it": {
+        "language_model.model.": "model.language_model.",
+        "vision_tower.": "model.vision_tower.",
+    },
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_wrapper_is_read_however_its_weights_are_spelled(
+    make_case: Callable[..., Case], tmp_path: Path, spelling: str
+) -> None:
+    case = make_case(Spec("gemma3", wrapper=True))
+    shutil.copytree(case.pair.source, tmp_path / "source")
+
+    def rename(state: dict[str, torch.Tensor]) -> None:
+        for name in list(state):
+            for old, new in SPELLINGS[spelling].items():
+                if name.startswith(old):
+                    state[new + name.removeprefix(old)] = state.pop(name)
+
+    edit(tmp_path / "source" / WEIGHTS, rename)
+    nla = NLA.from_pretrained(case.pair.root, base_model=tmp_path / "source", components=("ar",))
+    close(nla.capture("the cat").vectors, case.nla.capture("the cat").vectors)
+    ids = torch.tensor([case.source.ids("the cat")])
+    with torch.no_grad():
+        close(nla.source.loaded.model(ids).logits, case.source.model(ids).logits)
+
+
+@pytest.mark.parametrize(("architecture_", "fits"), [("gemma3", True), ("llama", False)])
+def test_only_an_adapter_that_lists_a_vision_tower_leaves_it_over(
+    make_case: Callable[..., Case], tmp_path: Path, architecture_: str, fits: bool
+) -> None:
+    pair = make_case(Spec(architecture_)).pair
+    for half in ("av", "ar", "source"):
+        shutil.copytree(pair.root / half, tmp_path / half)
+    copy = RandomPair(tmp_path, tmp_path / "source", tmp_path / "av", tmp_path / "ar", pair.site)
+    edit(copy.av / WEIGHTS, lambda state: state.update({"vision_tower.layers.0.weight": torch.ones(3)}))
+    if fits:
+        assert load(copy, "av").av
+    else:
+        refused(copy, "av", "unexpected: vision_tower.layers.0.weight")
