@@ -104,7 +104,7 @@ def session(llama: Case, tmp_path_factory: pytest.TempPathFactory) -> Session:
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(root / "home"),
         "HF_HUB_DISABLE_TELEMETRY": "1",
-        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "NO_PROXY": "127.0.0.1",
     }
     done = subprocess.run(
