@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nla_hub.errors import InputError, VectorError
+from nla_hub.sidecar import ReferenceRecord
 
 Baseline = Literal["raw_variance", "mean_norm"]
 
@@ -132,23 +133,8 @@ def direction_mse(a: Tensor, b: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Reference:
-    """The two "predict the mean" denominators of FVE, measured on one named data set.
-
-    Attributes:
-        dataset: name of the data set.
-        n: number of vectors.
-        raw_variance: E||u - mean(u)||^2 over unit vectors u.
-        mean_norm: E||u - mean(u)/||mean(u)|| ||^2.
-        norm_p0_5, norm_p99_5: 0.5 % and 99.5 % quantiles of the raw norms (None where not measured).
-    """
-
-    dataset: str
-    n: int
-    raw_variance: float
-    mean_norm: float
-    norm_p0_5: float | None = None
-    norm_p99_5: float | None = None
+class Reference(ReferenceRecord):
+    """The two "predict the mean" denominators of FVE, measured on one named data set (fields: see `ReferenceRecord`)."""
 
     @classmethod
     def measure(cls, rows: Tensor, dataset: str) -> Reference:

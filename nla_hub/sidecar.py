@@ -86,7 +86,14 @@ class Score:
 
 @dataclass(frozen=True)
 class ReferenceRecord:
-    """`fve_reference`: the FVE denominators and norm quantiles measured on a named data set (see geometry.Reference)."""
+    """`fve_reference`: denominators of FVE and norm quantiles, measured on a named data set by `geometry.Reference.measure`.
+
+    Attributes:
+        dataset, n: name of the data set, number of its vectors.
+        raw_variance: E||u - mean(u)||^2 over unit vectors u.
+        mean_norm: E||u - mean(u)/||mean(u)|| ||^2.
+        norm_p0_5, norm_p99_5: 0.5 % and 99.5 % quantiles of the raw norms (None where not measured).
+    """
 
     dataset: str
     n: int
