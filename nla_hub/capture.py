@@ -16,19 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from nla_hub.adapters import Adapter
+from nla_hub.batching import check_batch_size, pad_id_of, pad_right
 from nla_hub.errors import PositionError, VectorError
-from nla_hub.prompts import (
-    Content,
-    Encoded,
-    Overflow,
-    check_batch_size,
-    context_length,
-    encode_source,
-    pad_id_of,
-    pad_right,
-)
 from nla_hub.sampling import RowKey, document_hash
 from nla_hub.sidecar import Site
+from nla_hub.source_text import Content, Encoded, Overflow, context_length, encode_source
 
 Positions = int | Sequence[int] | slice | str | Callable[[Encoded], Sequence[int]]
 """Which tokens of a text: an index (negative counts from the end), several, a slice, "last", "all", "user", "assistant", or

@@ -14,9 +14,10 @@ from nla_hub.hub import HubOptions
 from nla_hub.injection import Injector
 from nla_hub.locate import PairRefs, Ref, parse_name
 from nla_hub.log import logger
-from nla_hub.prompts import ARPrompt, AVPrompt, context_length
+from nla_hub.prompts import ARPrompt, AVPrompt
 from nla_hub.reconstructor import ARModel, Reconstructor
 from nla_hub.sidecar import Sidecar
+from nla_hub.source_text import context_length
 from nla_hub.verbalizer import Verbalizer
 
 

@@ -29,10 +29,10 @@ from nla_hub.geometry import Reference, as_vectors, cosine, direction_mse
 from nla_hub.hub import HubOptions
 from nla_hub.loading import check_components, family, hub_name, load_reconstructor, load_verbalizer, open_half
 from nla_hub.locate import PairRefs, Ref, resolve_pair
-from nla_hub.prompts import Content, Overflow, context_length, encode_source
 from nla_hub.reconstructor import Reconstructor
 from nla_hub.results import Explanation, Explanations, Scores
 from nla_hub.sidecar import Sidecar, Site
+from nla_hub.source_text import Content, Overflow, context_length, encode_source
 from nla_hub.steering import SteeringVector
 from nla_hub.verbalizer import Verbalizer, as_keys
 

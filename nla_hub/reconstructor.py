@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from nla_hub.adapters import Adapter
-from nla_hub.prompts import ARPrompt, check_batch_size, last_real, pad_id_of, pad_right
+from nla_hub.batching import check_batch_size, last_real, pad_id_of, pad_right
+from nla_hub.prompts import ARPrompt
 from nla_hub.sidecar import Sidecar
 
 

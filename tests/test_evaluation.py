@@ -28,7 +28,7 @@ from nla_hub.evaluation.protocols import (
     select_rows,
 )
 from nla_hub.evaluation.stats import derangement, mean_interval, wilson
-from nla_hub.prompts import encode_source
+from nla_hub.source_text import encode_source
 from nla_hub.testing import random_tokenizer
 
 CHAT = [{"role": "user", "content": "the cat sees a dog"}, {"role": "assistant", "content": "it is a small house"}]

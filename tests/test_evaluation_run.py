@@ -27,8 +27,8 @@ from nla_hub.evaluation.tiny_rows import BareSource
 from nla_hub.geometry import unit
 from nla_hub.locate import parse_name
 from nla_hub.nla import NLA
-from nla_hub.prompts import Encoded
 from nla_hub.sampling import vector_hash
+from nla_hub.source_text import Encoded
 from nla_hub.testing import random_pair, random_tokenizer, sidecars
 from nla_hub.tiny import documents
 from nla_hub.tiny.labels import label_texts, named_facts

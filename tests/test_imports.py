@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "nla_hub"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "log"),
-    ("yaml_io", "resources", "schema", "sidecar", "geometry", "sampling", "registry", "hub"),
+    ("yaml_io", "resources", "schema", "sidecar", "geometry", "sampling", "registry", "hub", "batching", "source_text"),
     ("prompts", "flags", "adapters", "locate", "zoo", "memory"),
     ("injection", "weights", "checkpoints", "export", "results"),
     ("engines", "capture", "reconstructor", "steering"),

@@ -11,19 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from nla_hub.batching import pad_right
 from nla_hub.errors import SidecarError, TextError
-from nla_hub.prompts import (
-    ARPrompt,
-    AVPrompt,
-    context_length,
-    encode_source,
-    marker_positions,
-    pad_right,
-    parse_explanation,
-    render_messages,
-    special_tokens,
-)
+from nla_hub.prompts import ARPrompt, AVPrompt, marker_positions, parse_explanation
 from nla_hub.sidecar import Sidecar
+from nla_hub.source_text import context_length, encode_source, render_messages, special_tokens
 from nla_hub.testing import CHAT_TEMPLATE, MARKER, random_tokenizer
 
 TALK = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "a house"}]

@@ -7,8 +7,8 @@ import torch
 from conftest import Case
 from parity import TEXTS, check_reconstruct, close
 
+from nla_hub.batching import last_real, pad_id_of, pad_right
 from nla_hub.errors import ContextLengthError, InjectionError, TextError
-from nla_hub.prompts import last_real, pad_id_of, pad_right
 from nla_hub.reconstructor import ARModel
 
 

@@ -17,17 +17,19 @@ from conftest import Case
 from parity import STEPS, check_capture, check_generation, check_logits, check_neighbours, check_reconstruct
 
 from nla_hub import NLA
+from nla_hub import batching as batching_module
 from nla_hub import capture as capture_module
 from nla_hub import injection as injection_module
-from nla_hub import prompts as prompts_module
 from nla_hub import reconstructor as reconstructor_module
 from nla_hub import sampling as sampling_module
+from nla_hub import source_text as source_text_module
 from nla_hub.adapters import Adapter
 from nla_hub.errors import InjectionError, SidecarError, WeightsError
 from nla_hub.injection import Injector
-from nla_hub.prompts import ARPrompt, AVPrompt, Encoded
+from nla_hub.prompts import ARPrompt, AVPrompt
 from nla_hub.sampling import RowKey, uniforms
 from nla_hub.sidecar import Site
+from nla_hub.source_text import Encoded
 
 
 @pytest.fixture
@@ -181,7 +183,7 @@ def test_bos_doubled_or_dropped_in_a_source_text_is_seen(
     family: Case, broken: pytest.MonkeyPatch, wrong: Callable[[Sequence[int]], list[int]]
 ) -> None:
     check_capture(family)
-    encode = prompts_module.encode_source
+    encode = source_text_module.encode_source
 
     def rebuilt(*args: Any, **kwargs: Any) -> list[Encoded]:
         return [
@@ -279,7 +281,7 @@ def test_reading_a_padded_batch_at_its_last_column_is_seen(family: Case, broken:
 
 
 def test_attending_to_padding_on_the_left_is_seen(family: Case, broken: pytest.MonkeyPatch) -> None:
-    pad = prompts_module.pad_right
+    pad = batching_module.pad_right
 
     def left(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
         ids, mask = pad(sequences, pad_id)

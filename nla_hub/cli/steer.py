@@ -82,7 +82,7 @@ def continuations(
 ) -> list[dict[str, Any]]:
     """The greedy continuation without steering, then one for each strength."""
     from nla_hub.evaluation.steering import continue_greedily
-    from nla_hub.prompts import context_length, encode_source
+    from nla_hub.source_text import context_length, encode_source
 
     source = pair.source
     limit = context_length(source.loaded.model.config)

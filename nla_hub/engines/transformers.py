@@ -16,8 +16,9 @@ from transformers import DynamicCache
 
 from nla_hub.engines.base import Completion, Finish, LoadedAV, probe_vectors, require_kind, require_sensitive
 from nla_hub.errors import ContextLengthError
-from nla_hub.prompts import CLOSING_TAG, context_length
+from nla_hub.prompts import CLOSING_TAG
 from nla_hub.sampling import choose
+from nla_hub.source_text import context_length
 
 
 class TransformersEngine:

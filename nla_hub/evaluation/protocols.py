@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from nla_hub.errors import InputError, UnknownNameError
-from nla_hub.prompts import Content, Encoded, encode_source
 from nla_hub.sampling import document_hash
+from nla_hub.source_text import Content, Encoded, encode_source
 
 
 @dataclass(frozen=True)

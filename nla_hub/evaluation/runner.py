@@ -26,8 +26,8 @@ from nla_hub.evaluation.protocols import Protocol, get_protocol, overlap, read_c
 from nla_hub.evaluation.result import EvalResult, Example
 from nla_hub.evaluation.source_check import source_check
 from nla_hub.geometry import COSINE_UNUSABLE
-from nla_hub.prompts import Content
 from nla_hub.results import Explanation
+from nla_hub.source_text import Content
 
 if TYPE_CHECKING:
     from nla_hub.nla import NLA

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from nla_hub.adapters import Adapter
+from nla_hub.batching import pad_id_of, pad_right
 from nla_hub.geometry import Reference, fve_value
-from nla_hub.prompts import ARPrompt, pad_id_of, pad_right
+from nla_hub.prompts import ARPrompt
 from nla_hub.reconstructor import ARModel
 from nla_hub.training.data import TrainingRows
 from nla_hub.training.loop import LoopResult, Report, chunks, run_loop

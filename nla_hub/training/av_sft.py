@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nla_hub.batching import pad_id_of, pad_right
 from nla_hub.injection import Injector
-from nla_hub.prompts import AVPrompt, pad_id_of, pad_right, response_ids
+from nla_hub.prompts import AVPrompt, response_ids
 from nla_hub.training.data import TrainingRows
 from nla_hub.training.loop import LoopResult, Report, chunks, run_loop
 from nla_hub.training.recipe import StageSpec

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from nla_hub.prompts import Content
+from nla_hub.source_text import Content
 
 
 class CorpusDocument(Protocol):
