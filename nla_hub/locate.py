@@ -72,8 +72,6 @@ def parse_name(name: str | os.PathLike[str], *, revision: str | None = None) -> 
         return Ref("directory", str(Path(name).expanduser()))
     if not isinstance(name, str) or not name.strip():
         raise InputError("A name is expected here.", got=repr(name), expected="tiny, owner/name or ./directory")
-    if name.startswith(PACKAGE_PREFIX):
-        return Ref("package", name.removeprefix(PACKAGE_PREFIX))
     if name.startswith(("./", "../", "/", "~")) or name in (".", ".."):
         if revision is not None:
             raise InputError("A directory has no revisions.", where=name, got=f"revision={revision!r}")
@@ -93,6 +91,13 @@ def parse_name(name: str | os.PathLike[str], *, revision: str | None = None) -> 
             expected="owner/name, or ./path for a directory",
         )
     return Ref("zoo", stem, revision)
+
+
+def zoo_ref(name: str, revision: str | None = None) -> Ref:
+    """What a repository is called in a zoo entry: as `parse_name`, and `package:` for directories of this package."""
+    if name.startswith(PACKAGE_PREFIX):
+        return Ref("package", name.removeprefix(PACKAGE_PREFIX))
+    return parse_name(name, revision=revision)
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,7 @@ def resolve_pair(
     ref = parse_name(name, revision=revision)
     if ref.kind == "zoo":
         entry = _entry(ref)
-        av = parse_name(entry.av, revision=entry.av_revision)
+        av = zoo_ref(entry.av, entry.av_revision)
         if ref.revision is not None:
             if av.kind == "package":
                 raise InputError("The packaged pair has no revisions.", where=ref.name, got=repr(ref.revision))
@@ -131,8 +136,8 @@ def resolve_pair(
         return PairRefs(
             ref.name,
             av,
-            explicit_ar or parse_name(entry.ar, revision=entry.ar_revision),
-            explicit_base or parse_name(entry.base, revision=entry.base_revision),
+            explicit_ar or zoo_ref(entry.ar, entry.ar_revision),
+            explicit_base or zoo_ref(entry.base, entry.base_revision),
         )
     if ref.kind == "hub":
         sibling = Ref("hub", re.sub(r"-av$", "-ar", ref.name)) if ref.name.endswith("-av") else None
@@ -174,7 +179,7 @@ def _part(name: str | os.PathLike[str] | None, half: Literal["ar", "base"]) -> R
     if ref.kind != "zoo":
         return ref
     entry = _entry(ref)
-    return parse_name(getattr(entry, half), revision=ref.revision or getattr(entry, f"{half}_revision"))
+    return zoo_ref(getattr(entry, half), ref.revision or getattr(entry, f"{half}_revision"))
 
 
 def _directory(path: Path) -> Ref | None:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from nla_hub import yaml_io
 from nla_hub.errors import NLAError
 from nla_hub.hub import HubOptions
-from nla_hub.locate import parse_name
+from nla_hub.locate import zoo_ref
 from nla_hub.log import logger
 from nla_hub.registry import unknown
 from nla_hub.schema import from_mapping
@@ -92,7 +92,7 @@ class ZooEntry:
         found = []
         for field in ("av", "ar", "base"):
             try:
-                ref = parse_name(getattr(self, field))
+                ref = zoo_ref(getattr(self, field))
             except NLAError as error:
                 found.append(f"{field}: {error.what}")
                 continue
@@ -107,7 +107,7 @@ class ZooEntry:
     @property
     def packaged(self) -> bool:
         """Whether the weights come with nla-hub itself."""
-        return parse_name(self.av).kind == "package"
+        return zoo_ref(self.av).kind == "package"
 
     @property
     def site(self) -> Site | None:
@@ -141,7 +141,7 @@ class ZooEntry:
     def where(self, half: Literal["av", "ar", "base"]) -> str:
         """Repository and revision of a half in words."""
         name, revision = getattr(self, half), getattr(self, f"{half}_revision")
-        return name if parse_name(name).kind == "package" else f"{name}@{revision or UNPINNED}"
+        return name if zoo_ref(name).kind == "package" else f"{name}@{revision or UNPINNED}"
 
 
 @cache
@@ -203,7 +203,7 @@ def _plugin_entries(point: EntryPoint) -> dict[str, ZooEntry]:
 
 def _packaged(name: str) -> Path | None:
     """The directory of a `package:` name, or None where it holds no sidecar."""
-    directory = parse_name(name).fetch(HubOptions())
+    directory = zoo_ref(name).fetch(HubOptions())
     return directory if (directory / SIDECAR_NAME).is_file() else None
 
 

@@ -172,3 +172,8 @@ def test_a_directory_that_is_not_there_is_a_typed_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="a file, not a directory"):
         Ref("directory", str(tmp_path / "file")).fetch(HubOptions())
+
+
+def test_package_directories_are_a_zoo_entrys_business_alone() -> None:
+    with pytest.raises(InputError, match="neither a Hub name nor a directory"):
+        parse_name("package:tiny/weights/av")
