@@ -42,6 +42,9 @@ class Activations:
         keys: row keys for sampling.
         document: index of each row's document among those captured.
         char_end: character offset in the document's rendered text at which the row's token ends.
+        read: tokens that the model had read before each row's token (less than `position` in later pieces of
+            overflow="stride").
+        context: the end of the text up to each row's token, at most `CONTEXT_CHARACTERS` of it.
         site: where the vectors were taken.
         base_model: what they were taken from.
     """
@@ -56,6 +59,14 @@ class Activations:
     char_end: tuple[int, ...]
     site: Site
     base_model: str
+    read: tuple[int, ...] = ()
+    context: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.read:
+            object.__setattr__(self, "read", self.position)
+        if not self.context:
+            object.__setattr__(self, "context", self.token)
 
     def __len__(self) -> int:
         return len(self.position)
@@ -77,6 +88,8 @@ class Activations:
             pick(self.char_end),
             self.site,
             self.base_model,
+            pick(self.read),
+            pick(self.context),
         )
 
 
@@ -123,7 +136,10 @@ def select_positions(encoded: Encoded, positions: Positions, *, where: str = "te
             expected=", ".join(map(repr, NAMED_POSITIONS)),
         )
     if isinstance(positions, slice):
-        return list(range(n))[positions]
+        try:
+            return list(range(n))[positions]
+        except (TypeError, ValueError) as cause:
+            raise PositionError(f"This slice cannot be used: {cause}.", where=where, got=repr(positions)) from cause
     if callable(positions):
         positions = positions(encoded)
     chosen = []
@@ -213,7 +229,18 @@ def capture(
         char_end=tuple(encoded.offsets[p][1] for _, encoded, p in rows),
         site=site,
         base_model=base_model,
+        read=tuple(p for _, _, p in rows),
+        context=tuple(_context(encoded, p) for _, encoded, p in rows),
     )
+
+
+CONTEXT_CHARACTERS = 200
+"""Text kept before each row's token: enough to tell in which script its document is written."""
+
+
+def _context(encoded: Encoded, position: int) -> str:
+    end = encoded.offsets[position][1]
+    return encoded.text[max(0, end - CONTEXT_CHARACTERS) : end]
 
 
 def run_trunk(

@@ -67,7 +67,7 @@ class LoadOptions:
             place = self.placement()
             on_cpu = str(place) == "cpu" or (isinstance(place, dict) and {str(v) for v in place.values()} == {"cpu"})
             return torch.float32 if on_cpu else torch.bfloat16
-        found = getattr(torch, self.dtype, None)
+        found = getattr(torch, self.dtype, None) if isinstance(self.dtype, str) else None
         if not isinstance(found, torch.dtype) or not found.is_floating_point:
             raise CheckpointError(
                 "Unknown dtype.", got=repr(self.dtype), expected="'auto', 'float32', 'bfloat16' or 'float16'"
@@ -89,10 +89,13 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as cause:  # configs of strangers fail in every way there is
+        remote = "trust_remote_code" in str(cause)
         raise CheckpointError(
             f"Its config.json cannot be used: {_first_line(cause)}",
             where=directory,
-            next_step="pass trust_remote_code=True only if you have read the repository's code",
+            next_step="its architecture needs code of its own; pass trust_remote_code=True only if you have read that code"
+            if remote
+            else "download or copy the checkpoint again; if it stays, ask its author",
         ) from cause
 
 

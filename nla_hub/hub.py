@@ -147,7 +147,8 @@ def _unreachable(where: str) -> HubUnreachableError:
     return HubUnreachableError(
         "The Hub cannot be reached, and the cache does not hold what is needed.",
         where=where,
-        next_step="check the connection (and HF_HUB_OFFLINE, HF_ENDPOINT); the packaged pair needs no network: --nla tiny",
+        next_step="check the connection (and HF_HUB_OFFLINE, HF_ENDPOINT); a directory is written ./path; the packaged pair "
+        "needs no network: --nla tiny",
     )
 
 

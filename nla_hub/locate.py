@@ -69,13 +69,13 @@ def parse_name(name: str | os.PathLike[str], *, revision: str | None = None) -> 
     if isinstance(name, os.PathLike):
         if revision is not None:
             raise InputError("A directory has no revisions.", where=name, got=f"revision={revision!r}")
-        return Ref("directory", str(Path(name).expanduser()))
+        return Ref("directory", str(expand(name)))
     if not isinstance(name, str) or not name.strip():
         raise InputError("A name is expected here.", got=repr(name), expected="tiny, owner/name or ./directory")
     if name.startswith(("./", "../", "/", "~")) or name in (".", ".."):
         if revision is not None:
             raise InputError("A directory has no revisions.", where=name, got=f"revision={revision!r}")
-        return Ref("directory", str(Path(name).expanduser()))
+        return Ref("directory", str(expand(name)))
     stem, at, given = name.partition("@")
     if at and not given:
         raise InputError("Nothing stands after the @.", where=name, expected="owner/name@revision")
@@ -93,6 +93,14 @@ def parse_name(name: str | os.PathLike[str], *, revision: str | None = None) -> 
     return Ref("zoo", stem, revision)
 
 
+def expand(name: str | os.PathLike[str]) -> Path:
+    """A path with its ~ replaced; an InputError for a user that does not exist."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as cause:
+        raise InputError("There is no such user's home directory.", got=repr(str(name))) from cause
+
+
 def zoo_ref(name: str, revision: str | None = None) -> Ref:
     """What a repository is called in a zoo entry: as `parse_name`, and `package:` for directories of this package."""
     if name.startswith(PACKAGE_PREFIX):
@@ -108,6 +116,8 @@ class PairRefs:
     av: Ref | None
     ar: Ref | None
     base: Ref | None
+    ar_guessed: bool = False
+    """The AR is only a guess by its name; what the AV's sidecar says comes before it."""
 
 
 def resolve_pair(
@@ -118,6 +128,9 @@ def resolve_pair(
     revision: str | None = None,
 ) -> PairRefs:
     """Find both halves of a pair and its source, as far as names and directory layout tell.
+
+    The AR is, in this order: the one named, the zoo entry's (pinned), the directory beside the AV, what the AV's sidecar
+    calls its pair, the Hub's `...-ar` of `...-av`.
 
     A directory may be an AV, or hold `av/`, `ar/` and perhaps `source/`; the AR of `x/av` is looked for at `x/ar`, and
     `.../name-av` at `.../name-ar`. What the AV's sidecar says (`pair_repo`, `base_checkpoint`) is consulted later,
@@ -141,7 +154,7 @@ def resolve_pair(
         )
     if ref.kind == "hub":
         sibling = Ref("hub", re.sub(r"-av$", "-ar", ref.name)) if ref.name.endswith("-av") else None
-        return PairRefs(str(ref), ref, explicit_ar or sibling, explicit_base)
+        return PairRefs(str(ref), ref, explicit_ar or sibling, explicit_base, ar_guessed=explicit_ar is None)
     directory = ref.fetch(HubOptions())
     if not (directory / SIDECAR_NAME).exists() and (directory / "av").is_dir():
         return PairRefs(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast, overload
@@ -23,14 +23,15 @@ from nla_hub.checkpoints import (
     load_tokenizer,
     load_trunk,
 )
-from nla_hub.errors import CheckpointError, InputError, SidecarError
+from nla_hub.errors import CheckpointError, InputError, PositionError, SidecarError
 from nla_hub.flags import row_flags
 from nla_hub.geometry import Reference, as_vectors, cosine, direction_mse
 from nla_hub.hub import HubOptions
 from nla_hub.loading import check_components, family, hub_name, load_reconstructor, load_verbalizer, open_half
-from nla_hub.locate import PairRefs, Ref, resolve_pair
+from nla_hub.locate import Ref, resolve_pair
 from nla_hub.reconstructor import Reconstructor
 from nla_hub.results import Explanation, Explanations, Scores
+from nla_hub.sampling import BARE_POSITION
 from nla_hub.sidecar import Sidecar, Site
 from nla_hub.source_text import Content, Overflow, context_length, encode_source
 from nla_hub.steering import SteeringVector
@@ -127,10 +128,8 @@ class NLA:
         options = LoadOptions(dtype, device_map, quantization_config, attn_implementation, trust_remote_code)
         refs = resolve_pair(name, ar=ar, base_model=base_model, revision=revision)
         av_dir, av_sidecar = open_half(refs.av, "av", hub_options, weights="av" in wanted) if refs.av else (None, None)
-        if av_sidecar is not None and ar is None and (named := hub_name(av_sidecar.pair_repo)) is not None:
-            refs = PairRefs(
-                refs.name, refs.av, refs.ar if refs.ar is not None and refs.ar.is_local else named, refs.base
-            )
+        if av_sidecar is not None and (refs.ar is None or refs.ar_guessed):
+            refs = replace(refs, ar=hub_name(av_sidecar.pair_repo) or refs.ar)
         ar_dir, ar_sidecar = None, None
         if "ar" in wanted:
             if refs.ar is None:
@@ -291,6 +290,8 @@ class NLA:
         documents = as_documents(texts)
         if doc_ids is not None and len(doc_ids) != len(documents):
             raise InputError("doc_ids= needs one id a document.", got=len(doc_ids), expected=len(documents))
+        if doc_ids is not None and not all(isinstance(doc_id, str) for doc_id in doc_ids):
+            raise InputError("doc_ids= are texts.", got=repr(doc_ids)[:80], next_step="pass [str(i) for i in ...]")
         source = self.capture_source
         return capture(
             source.loaded.adapter,
@@ -313,7 +314,10 @@ class NLA:
         source = self.capture_source
         limit = context_length(source.loaded.model.config)
         for encoded in encode_source(source.tokenizer, content, max_length=limit, overflow=overflow, where=where):
-            select_positions(encoded, positions, where=where)
+            if not select_positions(encoded, positions, where=where):
+                raise PositionError(
+                    "No token of this text is among the positions.", where=where, expected=f"0 to {len(encoded) - 1}"
+                )
 
     def verbalize(
         self,
@@ -374,12 +378,13 @@ class NLA:
             "reference": record,
         }
         if acts is None:
-            return explanation.with_(flags=row_flags(position=None, from_source=False, **common))
+            flags = row_flags(position=None, from_source=False, **common)
+            return explanation.with_(position=BARE_POSITION, flags=flags)
         return explanation.with_(
             doc_id=acts.doc_id[i],
             position=acts.position[i],
             token=acts.token[i],
-            flags=row_flags(position=acts.position[i], special=acts.special[i], context=acts.token[i], **common),
+            flags=row_flags(position=acts.read[i], special=acts.special[i], context=acts.context[i], **common),
         )
 
     def reconstruct(self, texts: str | Sequence[str], *, batch_size: int = 32) -> Tensor:
@@ -390,6 +395,8 @@ class NLA:
         """
         if isinstance(texts, str):
             return self.ar.reconstruct([texts], batch_size=batch_size)[0]
+        if not isinstance(texts, Sequence):
+            raise InputError("Texts are expected here.", got=type(texts).__name__, expected="a text, or a list of them")
         return self.ar.reconstruct(list(texts), batch_size=batch_size)
 
     def score(
@@ -407,6 +414,10 @@ class NLA:
             InputError: as many texts as vectors are needed. VectorError: see `verbalize`.
         """
         one = isinstance(explanations, (str, Explanation))
+        if not one and not isinstance(explanations, Sequence):
+            raise InputError(
+                "Explanations are expected here.", got=type(explanations).__name__, expected="texts or Explanations"
+            )
         rows = (
             [cast("Explanation | str", explanations)]
             if one

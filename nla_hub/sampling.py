@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,8 +38,13 @@ def document_hash(content: object) -> str:
     if isinstance(content, str):
         data = content
     else:
-        data = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+        data = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=_plain)
     return hashlib.sha256(data.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _plain(value: object) -> object:
+    """What JSON has no word for: mappings of other kinds as mappings, anything else by its text."""
+    return dict(value) if isinstance(value, Mapping) else repr(value)
 
 
 def vector_hash(row: Tensor) -> str:

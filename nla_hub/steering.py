@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -41,11 +42,10 @@ class SteeringVector:
     note: str = ""
 
     def __post_init__(self) -> None:
-        if self.vector.ndim != 1:
-            raise InputError(
-                "A steering vector is one direction.", got=f"shape {tuple(self.vector.shape)}", expected="[d]"
-            )
-        object.__setattr__(self, "vector", as_vectors(self.vector, allow_zero=True)[0].clone())
+        rows = as_vectors(self.vector, allow_zero=True, what="steering vectors")
+        if len(rows) != 1 or np.ndim(self.vector) != 1:
+            raise InputError("A steering vector is one direction.", got=f"shape {tuple(rows.shape)}", expected="[d]")
+        object.__setattr__(self, "vector", rows[0].clone())
 
     # -- arithmetic ------------------------------------------------------------------------------------------
 
@@ -54,6 +54,10 @@ class SteeringVector:
             raise InputError(
                 "Only vectors of one site of one model can be added.",
                 got=f"{self.site} [{len(self.vector)}] and {other.site} [{len(other.vector)}]",
+            )
+        if self.base_model and other.base_model and self.base_model != other.base_model:
+            raise InputError(
+                "Vectors of different models cannot be added.", got=f"{self.base_model!r} and {other.base_model!r}"
             )
         return replace(self, vector=self.vector + sign * other.vector, note="")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -78,20 +78,24 @@ class Verbalizer:
         lengths = norms(vectors).tolist() if len(vectors) else []
         return [
             [
-                self._explanation(completions[slot], lengths[i], row_keys[i].sample + sample, sampling)
+                self._explanation(completions[slot], lengths[i], row_keys[i], sample, sampling)
                 for sample, slot in enumerate(mine)
             ]
             for i, mine in enumerate(slots)
         ]
 
-    def _explanation(self, completion: Completion, norm: float, sample: int, sampling: Sampling) -> Explanation:
+    def _explanation(
+        self, completion: Completion, norm: float, key: RowKey, sample: int, sampling: Sampling
+    ) -> Explanation:
         status, text = parse_explanation(completion.text)
         return Explanation(
             text=text,
             raw=completion.text,
             status=status,
             norm=norm,
-            sample=sample,
+            doc_id=key.document,
+            position=key.position,
+            sample=key.sample + sample,
             model=self.name,
             revision=self.revision,
             sampling=sampling,
@@ -112,5 +116,7 @@ def check_sampling(*, n: int, temperature: float, max_new_tokens: int, batch_siz
 
 
 def as_keys(keys: Sequence[object]) -> list[RowKey]:
-    """The caller's `keys=` as row keys: RowKeys as they are, anything else by its text."""
+    """The caller's `keys=` as row keys: RowKeys as they are, anything else by its text; an InputError for no list."""
+    if isinstance(keys, (str, bytes)) or not isinstance(keys, Iterable):
+        raise InputError("keys= needs one key a row.", got=repr(keys)[:80], expected="a list")
     return [key if isinstance(key, RowKey) else RowKey(str(key)) for key in keys]

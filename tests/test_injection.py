@@ -124,3 +124,21 @@ def test_markers_in_a_completion_are_just_tokens(speaker: Case, vectors: torch.T
     close(got[:, len(prompt) - 1 :], speaker.av.logits(vectors[:1], completion))
     with pytest.raises(InjectionError, match="holds 2 valid"):
         find_markers(ids, marker)
+
+
+def test_decoding_with_a_cache_inside_the_context_injects_into_the_prompt_only(
+    speaker: Case, vectors: torch.Tensor
+) -> None:
+    """As a trainer generates its rollouts: prompt pass and single-token passes all inside."""
+    engine = speaker.nla.av.engine
+    prompt = engine.av.prompt
+    ids = torch.tensor([prompt.ids] * len(vectors))
+    columns = torch.full((len(vectors),), prompt.marker_position)
+    with engine.av.injector.inject(engine.av.loaded.model, vectors, columns), torch.no_grad():
+        found = engine.av.loaded.model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, min_new_tokens=6, do_sample=False
+        )[:, ids.shape[1] :]
+    logits = speaker.av.logits(vectors, found)
+    logits[:, :, speaker.av.tokenizer.eos_token_id] = float("-inf")
+    logits[:, :, engine.av.loaded.model.generation_config.eos_token_id] = float("-inf")
+    assert torch.equal(found, logits[:, :-1].argmax(dim=-1))

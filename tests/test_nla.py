@@ -12,15 +12,18 @@ import torch
 from conftest import Case, Spec
 from parity import TEXTS, close
 
-from nla_hub import NLA, Explanation
+from nla_hub import NLA, Explanation, SteeringVector
+from nla_hub import nla as nla_module
 from nla_hub.engines.base import Completion
 from nla_hub.errors import (
     CheckpointError,
     InputError,
     NLAError,
 )
+from nla_hub.flags import mostly_cjk
 from nla_hub.geometry import Reference
-from nla_hub.sidecar import ReferenceRecord, Site
+from nla_hub.sampling import vector_hash
+from nla_hub.sidecar import ReferenceRecord, Sidecar, Site
 from nla_hub.testing import D_MODEL, RandomPair
 
 FAST: dict[str, Any] = {"temperature": 0, "max_new_tokens": 4}
@@ -92,7 +95,8 @@ def test_captured_activations_go_straight_in(llama: Case) -> None:
     bare = llama.nla.verbalize(acts.vectors, **FAST)
     assert [e.raw for e in bare] == [e.raw for e in found]
     assert all("off_distribution" in e.flags for e in bare)
-    assert bare[0].position is None
+    assert {e.position for e in bare} == {-1}
+    assert [e.doc_id for e in bare] == [vector_hash(row) for row in acts.vectors]
 
 
 def test_sampled_rows_of_texts_are_keyed_by_text_and_position(llama: Case) -> None:
@@ -177,6 +181,15 @@ def test_explain_is_capture_verbalize_and_score(llama: Case) -> None:
     assert [e.position for e in found] == [p for p in acts.position for _ in range(2)]
     scores = llama.nla.score(flat, acts.vectors.repeat_interleave(2, dim=0))
     assert [e.cosine for e in found] == list(scores.cosine)
+
+
+def test_every_sample_is_scored_against_its_own_vector(llama: Case) -> None:
+    nla = scripted(llama, "<explanation>the cat</explanation>")
+    found = nla.explain(list(TEXTS), n=2, temperature=0.7)
+    vectors = nla.capture(list(TEXTS)).vectors
+    expected = torch.nn.functional.cosine_similarity(llama.ar.vector("the cat")[None], vectors, dim=1)
+    assert len(set(expected.tolist())) == len(TEXTS)
+    assert [e.cosine for e in found] == pytest.approx(expected.repeat_interleave(2).tolist(), abs=1e-5)
 
 
 def test_nothing_in_gives_nothing_out(llama: Case) -> None:
@@ -272,3 +285,62 @@ def test_both_kinds_of_injection_go_through_the_same_door(make_case: Callable[[S
     assert adding.nla.sidecar.injection.kind == "add"
     assert adding.nla.verbalize(rows(1)[0], **FAST).raw
     assert overwriting.nla.sidecar.injection.scale == 8.0
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda nla: nla.capture("some words", slice(0, 3, 0)),
+        lambda nla: nla.capture(["some words"], doc_ids=[3]),
+        lambda nla: nla.verbalize(torch.ones(1, nla.d_model), keys=5),
+        lambda nla: nla.score(None, torch.ones(1, nla.d_model)),
+        lambda nla: nla.reconstruct(None),
+        lambda nla: NLA.from_pretrained("~no-such-user-here/x"),
+        lambda nla: SteeringVector([[1.0, 2.0]], nla.site),
+        lambda nla: nla.check_text("some words", slice(90, 99)),
+        lambda nla: (
+            SteeringVector(torch.ones(4), nla.site, "one/model")
+            + SteeringVector(torch.ones(4), nla.site, "another/model")
+        ),
+    ],
+)
+def test_a_wrong_argument_is_a_typed_error(llama: Case, call: Any) -> None:
+    with pytest.raises(InputError):
+        call(llama.nla)
+
+
+def test_later_pieces_of_a_long_text_are_early_too(llama: Case) -> None:
+    rows = llama.nla.explain("the old dog walks " * 200, [3], overflow="stride", temperature=0, max_new_tokens=2)
+    assert len(rows) > 1
+    assert rows[1].position is not None
+    assert rows[1].position > 10
+    assert all("early" in row.flags for row in rows)
+
+
+def test_the_marker_echo_looks_at_the_document_and_not_at_one_token(llama: Case) -> None:
+    acts = llama.nla.capture("\u4f60\u597d\u4e16\u754c\u4f60\u597d\u4e16\u754c.", positions="last")
+    assert mostly_cjk(acts.context[0])
+
+
+class _Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("gemma-3-12b", "kitft/nla-gemma3-12b-L32-ar"), ("owner/some-av", "stranger/other-ar")]
+)
+def test_a_sidecar_replaces_a_guessed_ar_but_never_a_pinned_one(
+    llama: Case, monkeypatch: pytest.MonkeyPatch, name: str, expected: str
+) -> None:
+    asked: list[str] = []
+
+    def open_half(ref: Any, role: str, options: Any, *, weights: bool) -> Any:
+        asked.append(ref.name)
+        if role == "ar":
+            raise _Stop
+        return llama.pair.av, Sidecar.read(llama.pair.av).with_(pair_repo="stranger/other-ar")
+
+    monkeypatch.setattr(nla_module, "open_half", open_half)
+    with pytest.raises(_Stop):
+        NLA.from_pretrained(name)
+    assert asked[-1] == expected

@@ -280,6 +280,14 @@ def test_explanations_pass_literally_into_the_template(llama: Case, text: str) -
     assert llama.ar.tokenizer.decode(ids[1:]) == f"Words: {text}\nVector:"
 
 
+def test_templates_are_filled_literally_whatever_else_stands_in_braces(llama: Case) -> None:
+    odd = "{explanation !r} {{ {0 } {a b.__class__} %s "
+    ids = ARPrompt(llama.ar.tokenizer, odd + "{explanation}", None).encode("the cat")
+    assert llama.ar.tokenizer.decode(ids[1:]) == odd + "the cat"
+    sidecar = llama.nla.sidecar.with_(av_template=odd + "<v>{injection_char}</v>")
+    assert f"{odd}<v>{MARKER}</v>" in AVPrompt.build(llama.av.tokenizer, sidecar).text
+
+
 # -- explanations --------------------------------------------------------------------------------------------
 
 

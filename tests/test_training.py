@@ -31,7 +31,7 @@ from nla_hub.training.ar_regression import direction_loss, init_ar, train_ar
 from nla_hub.training.av_sft import AVLoss, evaluate_av
 from nla_hub.training.data import TrainingRows, collect, pick_positions, read_rows, write_rows
 from nla_hub.training.loop import NON_FINITE_LIMIT, batch_order, learning_rate, run_loop
-from nla_hub.training.pipeline import STAGES, Pipeline
+from nla_hub.training.pipeline import STAGES, Pipeline, check_recipe
 from nla_hub.training.recipe import Recipe, StageSpec, load_recipe, recipe_names
 from nla_hub.training.rehearsal import STEPS, rehearsed
 from nla_hub.training.run import RunDirectory
@@ -377,3 +377,44 @@ def test_a_marker_that_is_not_one_token_is_refused(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run", recipe)
     with pytest.raises(RecipeError, match="one token"):
         Pipeline(recipe, run, Silent(), max_steps=1).execute(("source", "data", "ar"))
+
+
+def test_a_stage_without_the_ones_before_it_says_which_is_missing(tmp_path: Path) -> None:
+    recipe = small_recipe()
+    with pytest.raises(RunError, match="needs the stage 'source'"):
+        Pipeline(recipe, RunDirectory(tmp_path / "run", recipe), Silent(), max_steps=1).execute(("av",))
+    assert not (tmp_path / "run" / "av").exists()
+
+
+def test_a_rehearsal_is_never_taken_for_the_real_run(tmp_path: Path) -> None:
+    recipe = small_recipe()
+    RunDirectory(tmp_path / "run", recipe, rehearsal=True)
+    with pytest.raises(RunError, match="rehearsal"):
+        RunDirectory(tmp_path / "run", recipe)
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["base.train={heads: 3}", "base.train={steps: 0}", "base.train={colour: 1}", "layer=9", "data.corpus=nope"],
+)
+def test_what_a_later_stage_would_stumble_over_is_refused_at_once(override: str) -> None:
+    with pytest.raises((RecipeError, UnknownNameError)):
+        check_recipe(load_recipe("tiny", [override]))
+    check_recipe(load_recipe("tiny"))
+
+
+def test_a_leak_is_refused_before_a_score_is_stored(
+    finished: tuple[Path, Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nla_hub.errors import InputError
+    from nla_hub.tiny.labeler import TinyCorpus as Corpus
+
+    place, recipe = finished
+    leaked = documents(60, 0, "eval")
+    monkeypatch.setattr(Corpus, "documents", lambda self, n, *, seed, split="train": leaked)
+    monkeypatch.setattr(
+        "nla_hub.training.pipeline.record_score", lambda *a: pytest.fail("stored before the leak check")
+    )
+    run = Pipeline(recipe, RunDirectory(place, recipe, rehearsal=False), Silent(), max_steps=STEPS)
+    with pytest.raises(InputError):
+        run._eval(run.run.stage("eval"))

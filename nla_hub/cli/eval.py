@@ -73,9 +73,9 @@ def evaluate(
 
 
 def report_progress(what: str, done: int, total: int) -> None:
-    """A counter on a terminal's stderr; one line at the end of each part elsewhere."""
+    """A counter on a terminal's stderr, a line at a time elsewhere."""
     if output.progress_wanted():
         end = "\n" if done >= total else ""
         print(f"\r{what}: {done}/{total}", end=end, file=sys.stderr, flush=True)
-    elif done >= total:
-        output.message(f"{what}: {total}")
+    else:
+        output.message(f"{what}: {done} of {total}")

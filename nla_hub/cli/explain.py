@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +30,14 @@ def register(app: typer.Typer) -> None:
     app.command("explain")(explain)
 
 
+class Overflow(StrEnum):
+    """The SDK's rules for texts that are too long."""
+
+    error = "error"
+    truncate = "truncate"
+    stride = "stride"
+
+
 @dataclass(frozen=True)
 class Item:
     """One text or conversation of the command line, or the reason why it is none."""
@@ -36,6 +45,7 @@ class Item:
     name: str
     content: Any
     error: str | None = None
+    next_step: str | None = None
 
 
 def explain(
@@ -58,8 +68,8 @@ def explain(
     seed: Annotated[int, typer.Option(help="Same seed, same explanations.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Rows that run together.", min=1)] = 32,
     overflow: Annotated[
-        str, typer.Option(help="Texts longer than the model reads: error, truncate or stride.")
-    ] = "error",
+        Overflow, typer.Option(help="What to do with texts longer than the model reads.")
+    ] = Overflow.error,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a row.")] = False,
 ) -> None:
     """Explain the activations of texts: what the model holds at a token, in words, with the measured score."""
@@ -74,14 +84,16 @@ def explain(
 
     pair = NLA.from_pretrained(nla)
     settings = {"n": n, "temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
-    found, failed = run(pair, items, where, overflow, batch_size, settings)
+    found, failed = run(pair, items, where, overflow.value, batch_size, settings)
     if as_json:
         output.print_json_lines(row.to_dict() for row in found)
         output.print_json_lines(error_row(item) for item in failed)
-    else:
-        show(found, items)
+    elif len(found):
+        show(found, several=len(items) > 1)
     for item in failed:
-        logger.error("%s", item.error)
+        logger.error("%s%s", item.error, f"\n  Next: {item.next_step}" if item.next_step else "")
+    if failed and not as_json:
+        output.message(f"{len(failed)} of {len(items)} texts could not be explained.")
     if failed:
         raise typer.Exit(EXIT_ROWS_IN_ERROR)
 
@@ -98,7 +110,7 @@ def run(
             try:
                 pair.check_text(item.content, positions, overflow=overflow, where=item.name)
             except InputError as error:
-                failed.append(Item(item.name, item.content, error.one_line()))
+                failed.append(Item(item.name, item.content, error.one_line(), _on_the_command_line(error.next_step)))
             else:
                 good.append(item)
     if not good:
@@ -114,9 +126,19 @@ def run(
     return found, failed
 
 
-def show(found: Explanations, items: list[Item]) -> None:
+def _on_the_command_line(next_step: str | None) -> str | None:
+    """The SDK's advice in the words of the command's options."""
+    if next_step is None:
+        return None
+    sdk, option = (
+        'pass overflow="truncate" (keep the beginning) or "stride"',
+        "--overflow truncate (its beginning) or stride",
+    )
+    return next_step.replace(sdk, option)
+
+
+def show(found: Explanations, *, several: bool) -> None:
     """A table for a person: token, explanation, cosine, flags; then the scores over all rows."""
-    several = len({row.doc_id for row in found}) > 1
     columns = ["token", "cosine", "flags", "explanation"]
     if several:
         columns.insert(0, "text")
@@ -144,7 +166,8 @@ def summary(found: Explanations) -> str:
     counts = ", ".join(f"{count} {status}" for status, count in sorted(found.counts().items()))
     reference = found.reference
     against = f" against the denominator of {reference.dataset}" if reference is not None else ""
-    return f"{len(found)} rows: {counts}; mean cosine {cosine}; {found.fve()}{against}"
+    rows = "1 row" if len(found) == 1 else f"{len(found)} rows"
+    return f"{rows}: {counts}; mean cosine {cosine}; {found.fve()}{against}"
 
 
 def error_row(item: Item) -> dict[str, Any]:

@@ -47,13 +47,18 @@ def train(
         max_steps = STEPS
         for change in changes:
             output.message(f"rehearsal: {change}")
-    from nla_hub.training.pipeline import STAGES, Pipeline
+    from nla_hub.training.pipeline import STAGES, Pipeline, check_recipe
     from nla_hub.training.run import RunDirectory
 
-    run = RunDirectory(out or default_directory(resolved, rehearse), resolved)
+    check_recipe(resolved)
+    if unknown := set(stage or ()) - set(STAGES):
+        raise typer.BadParameter(f"{sorted(unknown)[0]!r} is none of {', '.join(STAGES)}", param_hint="--stage")
+    run = RunDirectory(out or default_directory(resolved, rehearse), resolved, rehearsal=rehearse)
     output.message(f"run directory: {run.path}")
     listener = Lines(as_json, stage or STAGES)
     pair = Pipeline(resolved, run, listener, max_steps=max_steps).execute(stage or STAGES)
+    if not pair.is_dir():
+        return  # only earlier stages were asked for
     if not as_json:
         output.print_text(str(pair))
     output.message(

@@ -282,15 +282,15 @@ def overlap(evaluation: Iterable[Content], training: Iterable[Content]) -> list[
 
 
 def require_disjoint(evaluation: Sequence[Content], training: Iterable[Content], *, at_most: float = 0.005) -> int:
-    """The number of evaluation documents that stand in `training`; an InputError where it is a share above `at_most`.
+    """The number of evaluation documents that stand in `training`; an InputError where it is a share of `at_most` or more.
 
     The default share is that of definitions: less than 0.5 % verbatim.
     """
     shared = overlap(evaluation, training)
-    if evaluation and len(shared) / len(evaluation) > at_most:
+    if evaluation and len(shared) / len(evaluation) >= at_most:
         raise InputError(
             f"{len(shared)} of {len(evaluation)} evaluation documents stand verbatim in the training data.",
-            expected=f"at most {at_most:.1%}",
+            expected=f"below {at_most:.1%}",
             faults=[f"document {i}" for i in shared[:5]],
             next_step="evaluate on documents that were held out, or leave these out of training",
         )

@@ -129,8 +129,9 @@ def provenance(result: EvalResult) -> list[tuple[str, str]]:
     if result.shared_documents is not None:
         rows.append(
             (
-                "leaks",
-                f"{result.shared_documents} of {result.documents} documents among {result.train_documents} of training",
+                "overlap",
+                f"{result.shared_documents} of {result.documents} documents stand among the {result.train_documents} "
+                "train-split documents of the probes",
             )
         )
     versions = ", ".join(f"{name} {value}" for name, value in result.versions.items() if value)
@@ -192,7 +193,8 @@ def markdown(result: EvalResult, *, examples: bool = True) -> str:
         parts.append(
             "Recall: named correctly, of the rows that have the fact. Precision: of all rows that name it. Chance: "
             "recall with explanations at other rows. Probe: a linear classifier on the vector. Captured share: "
-            "(recall - chance) / (probe - chance), only where the probe beats chance by 0.2."
+            "(recall - chance) / (probe - chance), only where the probe beats chance by 0.2; above 1 the explanation finds "
+            "more than the probe does. Precision counts the protocol's own rows, recall also further ones up to n."
         )
     if examples and result.examples:
         rows = [

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 
 from nla_hub import registry, yaml_io
 from nla_hub.checkpoints import LoadOptions, load_ar, load_causal_lm, load_tokenizer, load_trunk
-from nla_hub.errors import InputError, RecipeError
-from nla_hub.evaluation import EvalResult, require_disjoint, run_protocol
+from nla_hub.errors import InputError, RecipeError, RunError
+from nla_hub.evaluation import EvalResult, get_protocol, require_disjoint, run_protocol
 from nla_hub.evaluation.tiny_rows import base_rows, capture_rows, source_tokenizer
 from nla_hub.export import save_ar, save_av, save_source
 from nla_hub.geometry import norms, unit
@@ -47,6 +47,56 @@ REFERENCE_NAME = "fve_reference.safetensors"
 
 DEV_DOCUMENTS = 100
 """Documents of the held-out rows that the stages report on; the evaluation uses others."""
+
+
+SIZES = (
+    "hidden_size",
+    "layers",
+    "heads",
+    "mlp_size",
+    "documents",
+    "steps",
+    "batch_documents",
+    "lr",
+    "tokenizer_documents",
+)
+"""Settings of a source that must be above 0."""
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raise for anything in a recipe that only a later stage would stumble over, before anything is written.
+
+    Raises:
+        UnknownNameError: corpus, labeler or protocol. RecipeError: a source that cannot be trained, a layer it lacks.
+    """
+    open_corpus(recipe.data.corpus)
+    registry.labelers.get(recipe.labels.labeler)
+    get_protocol(recipe.eval.protocol)
+    if recipe.base.train is not None:
+        layers = source_settings(recipe).layers
+        if recipe.layer >= layers:
+            raise RecipeError("The source has no such layer.", got=f"layer {recipe.layer}", expected=f"below {layers}")
+
+
+def source_settings(recipe: Recipe) -> SourceSettings:
+    """The settings of a source that a recipe trains; a RecipeError for those that it does not have or cannot use."""
+    from nla_hub.tiny.source import SourceSettings
+
+    try:
+        settings = dataclasses.replace(SourceSettings(), **(recipe.base.train or {}))  # type: ignore[arg-type]
+    except TypeError as cause:
+        known = ", ".join(f.name for f in dataclasses.fields(SourceSettings))
+        raise RecipeError(f"base.train: {cause}", expected=known) from cause
+    faults = [
+        f"base.train.{name}: got {value!r}, expected a value above 0"
+        for name in SIZES
+        if not (value := getattr(settings, name)) > 0
+    ]
+    if not faults and settings.hidden_size % settings.heads:
+        faults.append(f"base.train: hidden_size {settings.hidden_size} is no multiple of heads {settings.heads}")
+    if faults:
+        raise RecipeError("This source cannot be trained.", faults=faults)
+    return settings
 
 
 class Listener(Protocol):
@@ -95,9 +145,17 @@ class Pipeline:
         for name in stages:
             if name not in actions:
                 raise InputError("There is no such stage.", got=repr(name), expected=", ".join(STAGES))
+        check_recipe(self.recipe)
         with self.run:
             for name in stages:
                 directory = self.run.stage(name)
+                for earlier in STAGES[: STAGES.index(name)]:
+                    if not self.run.stage(earlier).is_done:
+                        raise RunError(
+                            f"The stage {name!r} needs the stage {earlier!r}, which is not done.",
+                            where=self.run.path,
+                            next_step=f"run it first: --stage {earlier}, or leave --stage out",
+                        )
                 if directory.is_done:
                     self.listener.stage(name, resumed=True)
                     self.listener.done(name, directory.summary())
@@ -143,14 +201,8 @@ class Pipeline:
         return {"base": self.base_name, "trained": True, "revision": self._base_digest()}
 
     def source_settings(self) -> SourceSettings:
-        """The settings of a source that is trained here; a RecipeError for a setting that it does not have."""
-        from nla_hub.tiny.source import SourceSettings
-
-        try:
-            settings = dataclasses.replace(SourceSettings(), **(self.recipe.base.train or {}))  # type: ignore[arg-type]
-        except TypeError as cause:
-            known = ", ".join(f.name for f in dataclasses.fields(SourceSettings))
-            raise RecipeError(f"base.train: {cause}", expected=known) from cause
+        """The settings of a source that is trained here."""
+        settings = source_settings(self.recipe)
         return settings if self.max_steps is None else dataclasses.replace(settings, steps=self.max_steps)
 
     @cached_property
@@ -332,8 +384,8 @@ class Pipeline:
             **self._eval_size(),
             progress=lambda what, done, total: self.listener.metrics("eval", {"what": what, "done": done, "of": total}),
         )
-        record_score(self.pair_directory, nla, result)
         shared = self._require_no_leak(nla, result)
+        record_score(self.pair_directory, nla, result)
         yaml_io.write_text(directory.path / "result.json", json.dumps(result.to_dict(), indent=1) + "\n")
         figures = {name: value for name, value in result.figures().items() if value is not None}
         return {**figures, "evaluation_documents_trained_on": shared}

@@ -67,14 +67,15 @@ class RunDirectory:
         RunError: the place holds something else, a run of another configuration, or is in use.
     """
 
-    def __init__(self, path: Path, recipe: Recipe) -> None:
+    def __init__(self, path: Path, recipe: Recipe, *, rehearsal: bool = False) -> None:
+        wanted = {**recipe.to_mapping(), **({"rehearsal": True} if rehearsal else {})}
         self.path = path
         self.recipe = recipe
         config = path / CONFIG
         if path.exists() and not path.is_dir():
             raise RunError("A file is in the way of this run.", where=path, next_step="name another place with -o")
         if config.is_file():
-            differences = list(_differences(yaml_io.read(config, error=RunError), recipe.to_mapping()))
+            differences = list(_differences(yaml_io.read(config, error=RunError), wanted))
             if differences:
                 raise RunError(
                     "This run was started with another configuration.",
@@ -89,7 +90,7 @@ class RunDirectory:
         try:
             path.mkdir(parents=True, exist_ok=True)
             if not config.is_file():
-                yaml_io.write_text(config, yaml_io.dumps(recipe.to_mapping()))
+                yaml_io.write_text(config, yaml_io.dumps(wanted))
         except OSError as cause:
             raise RunError(f"The run directory cannot be written: {cause.strerror}", where=path) from cause
 
