@@ -29,7 +29,7 @@ a function from the encoded text to indices."""
 NAMED_POSITIONS = ("last", "all", "user", "assistant")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no single truth value to compare by
 class Activations:
     """Vectors with their provenance.
 

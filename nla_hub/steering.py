@@ -32,7 +32,7 @@ SteerPositions = str | int | Sequence[int]
 _ATTRIBUTE = "_nla_hub_steering"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no single truth value to compare by
 class SteeringVector:
     """A direction [d] at a site of a base model. A zero vector steers nothing."""
 

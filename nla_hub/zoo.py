@@ -131,7 +131,7 @@ class ZooEntry:
         """The score in one line, with everything that a figure must never be printed without."""
         if score := self.measured():
             cosine = "" if score.cosine is None else f", cosine {score.cosine:.3f}"
-            made = ", ".join(str(part) for part in (score.protocol, score.commit) if part)
+            made = ", ".join(str(part) for part in (score.protocol, score.commit and score.commit[:10]) if part)
             baseline = _BASELINES.get(score.baseline, score.baseline)
             figure = f"FVE ({baseline}, {score.dataset}, n={score.n}): {score.value:.3f}"
             return f"{figure}{cosine}{f' [{made}]' if made else ''}"

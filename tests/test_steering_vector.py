@@ -35,6 +35,13 @@ def test_arithmetic_is_that_of_vectors(values: list[float], factor: float) -> No
     assert (v + w).base_model == "base"
 
 
+def test_vectors_can_be_compared_and_kept_in_sets() -> None:
+    a, b = direction(1), direction(1)
+    assert a == a
+    assert a != b
+    assert len({a, b}) == 2
+
+
 def test_a_vector_comes_back_from_disk(tmp_path: Path) -> None:
     sv = SteeringVector(torch.randn(5), Site(3), "owner/base", "é ㊥")
     path = sv.save(tmp_path / "v.safetensors")
