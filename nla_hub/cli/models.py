@@ -69,7 +69,7 @@ def show(name: Annotated[str, typer.Argument(help="A name that `models ls` lists
             "recipe": found.recipe or NOT_YET,
             "card": found.card or NOT_YET,
             "measured": found.score_text() if measured else NOT_MEASURED,
-            "published": str(published) if published else None,
+            "published": str(published).removeprefix("published: ") if published else None,
             "use": f'nla-hub explain "..." --nla {found.name}',
         }
     )

@@ -107,7 +107,15 @@ class RunDirectory:
                 where=self.path,
                 next_step=f"wait for it; if it is gone for sure, remove {lock}",
             )
-        lock.write_text(f"{os.getpid()}\n", encoding="utf-8")
+        lock.unlink(missing_ok=True)  # its owner is gone
+        try:
+            handle = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        except FileExistsError as cause:
+            raise RunError(
+                "Another process has just begun to work in this run.", where=self.path, next_step="wait for it"
+            ) from cause
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(f"{os.getpid()}\n")
         return self
 
     def __exit__(self, *_: object) -> None:
