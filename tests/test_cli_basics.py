@@ -368,3 +368,15 @@ def test_doctor_reads_the_declared_bounds() -> None:
     assert by_name["core", "torch"].state == "ok"
     assert ("train", "trl") in by_name
     assert not any(part == "dev" for part, _ in by_name)
+
+
+def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nla_hub.training.pipeline import Pipeline
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pipeline, "execute", interrupted)
+    result = CliRunner().invoke(app, ["train", "tiny", "-o", str(tmp_path / "run")])
+    assert result.exit_code == 130
+    assert "the same command continues" in result.stderr

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from nla_hub.training.recipe import Recipe
 
 
+EXIT_INTERRUPTED = 130
+
+
 def register(app: typer.Typer) -> None:
     """Add `train` to the command."""
     app.command("train")(train)
@@ -56,7 +59,11 @@ def train(
     run = RunDirectory(out or default_directory(resolved, rehearse), resolved, rehearsal=rehearse)
     output.message(f"run directory: {run.path}")
     listener = Lines(as_json, stage or STAGES)
-    pair = Pipeline(resolved, run, listener, max_steps=max_steps).execute(stage or STAGES)
+    try:
+        pair = Pipeline(resolved, run, listener, max_steps=max_steps).execute(stage or STAGES)
+    except KeyboardInterrupt:
+        output.message("\nInterrupted. The stages that are done are kept: the same command continues after them.")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
     if not pair.is_dir():
         return  # only earlier stages were asked for
     if not as_json:
