@@ -119,8 +119,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 def _read_sharded(directory: Path, index_path: Path) -> dict[str, StoredTensor]:
     try:
         weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
-        assert isinstance(weight_map, dict)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as cause:
+        if not isinstance(weight_map, dict):
+            raise TypeError("weight_map is no mapping")
+    except (OSError, ValueError, KeyError, TypeError) as cause:
         raise WeightsError("This index cannot be read.", where=index_path, next_step="download it again") from cause
     found: dict[str, StoredTensor] = {}
     for name in sorted({str(v) for v in weight_map.values()}):

@@ -25,6 +25,7 @@ from nla_hub.geometry import Reference
 from nla_hub.sampling import vector_hash
 from nla_hub.sidecar import ReferenceRecord, Sidecar, Site
 from nla_hub.testing import D_MODEL, RandomPair
+from nla_hub.training.recipe import load_recipe
 
 FAST: dict[str, Any] = {"temperature": 0, "max_new_tokens": 4}
 
@@ -296,6 +297,7 @@ def test_both_kinds_of_injection_go_through_the_same_door(make_case: Callable[[S
         lambda nla: nla.score(None, torch.ones(1, nla.d_model)),
         lambda nla: nla.reconstruct(None),
         lambda nla: NLA.from_pretrained("~no-such-user-here/x"),
+        lambda nla: load_recipe("~no-such-user-here/recipe.yaml"),
         lambda nla: SteeringVector([[1.0, 2.0]], nla.site),
         lambda nla: nla.check_text("some words", slice(90, 99)),
         lambda nla: (
@@ -344,3 +346,10 @@ def test_a_sidecar_replaces_a_guessed_ar_but_never_a_pinned_one(
     with pytest.raises(_Stop):
         NLA.from_pretrained(name)
     assert asked[-1] == expected
+
+
+def test_an_unknown_dtype_and_odd_messages_are_understood(llama: Case) -> None:
+    with pytest.raises(CheckpointError, match="Unknown dtype"):
+        NLA.from_pretrained(llama.pair.root, dtype=None)  # type: ignore[arg-type]
+    message = {"role": "user", "content": "a cat", "seen": {1, 2}}
+    assert len(llama.nla.capture([message]).doc_id) == 1

@@ -14,6 +14,7 @@ import typer
 
 from nla_hub.cli import output
 from nla_hub.errors import InputError
+from nla_hub.locate import expand
 from nla_hub.log import logger
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ def read_items(texts: list[str], file: str | None) -> Iterator[Item]:
     if file is None:
         return
     name = "stdin" if file == "-" else Path(file).name
-    data = sys.stdin.buffer.read() if file == "-" else Path(file).expanduser().read_bytes()
+    data = sys.stdin.buffer.read() if file == "-" else expand(file).read_bytes()
     if not file.endswith(".jsonl"):
         yield _decoded(name, data)
         return

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from nla_hub import resources, schema, yaml_io
 from nla_hub.errors import RecipeError, UnknownNameError
+from nla_hub.locate import expand
 from nla_hub.sidecar import EXPLANATION_PLACEHOLDER, INJECTION_PLACEHOLDER
 
 
@@ -172,7 +173,7 @@ def recipe_path(name: str) -> Path:
         RecipeError: no such file. UnknownNameError: no such packaged recipe.
     """
     if name.endswith((".yaml", ".yml")):
-        path = Path(name).expanduser()
+        path = expand(name)
         if not path.is_file():
             raise RecipeError(
                 "There is no such recipe file.", where=name, next_step="nla-hub recipes ls shows the packaged ones"
