@@ -13,11 +13,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 import nla_hub
 from nla_hub.batching import pad_right
 from nla_hub.checkpoints import LoadOptions, load_causal_lm, load_tokenizer, load_trunk
-from nla_hub.errors import RecipeError, RunError, TrainingError, UnknownNameError
+from nla_hub.errors import InputError, MissingExtraError, RecipeError, RunError, TrainingError, UnknownNameError
 from nla_hub.geometry import direction_mse, norms
 from nla_hub.injection import Injector
 from nla_hub.nla import NLA, Source
@@ -27,14 +28,18 @@ from nla_hub.source_text import encode_source
 from nla_hub.testing import MARKER, random_pair
 from nla_hub.tiny import documents
 from nla_hub.tiny.labeler import TinyCorpus, TinyLabeler
+from nla_hub.training import checks
 from nla_hub.training.ar_regression import direction_loss, init_ar, train_ar
 from nla_hub.training.av_sft import AVLoss, evaluate_av
-from nla_hub.training.data import TrainingRows, collect, pick_positions, read_rows, write_rows
+from nla_hub.training.checks import check_recipe, check_reporters
+from nla_hub.training.data import TrainingRows, collect, make_labeler, pick_positions, read_rows, write_rows
 from nla_hub.training.loop import NON_FINITE_LIMIT, batch_order, learning_rate, run_loop
-from nla_hub.training.pipeline import STAGES, Pipeline, check_recipe
-from nla_hub.training.recipe import Recipe, StageSpec, load_recipe, recipe_names
+from nla_hub.training.pipeline import Pipeline
+from nla_hub.training.recipe import LabelSpec, Recipe, RLSpec, StageSpec, load_recipe, recipe_names
 from nla_hub.training.rehearsal import STEPS, rehearsed
 from nla_hub.training.run import RunDirectory
+from nla_hub.training.splits import SEED_OFFSETS, data_splits, require_dev_held_out, split_documents
+from nla_hub.training.stages import require_stages, stages_of
 
 SOURCE = Path(nla_hub.__file__).parent / "tiny" / "weights" / "source"
 
@@ -42,7 +47,8 @@ SOURCE = Path(nla_hub.__file__).parent / "tiny" / "weights" / "source"
 def small_recipe(**changes: Any) -> Recipe:
     """The tiny recipe on the packaged source, cut to a few documents."""
     recipe = rehearsed(load_recipe("tiny"))[0]
-    return dataclasses.replace(recipe, base=dataclasses.replace(recipe.base, model=str(SOURCE), train=None), **changes)
+    base = dataclasses.replace(recipe.base, model=str(SOURCE), train=None)
+    return dataclasses.replace(recipe, **{"base": base, "rl": None, **changes})
 
 
 class Silent:
@@ -116,6 +122,95 @@ def test_a_rehearsal_changes_sizes_only_and_says_so() -> None:
 
 
 # -- data ----------------------------------------------------------------------------------------------------
+
+
+RL = RLSpec(documents=40, steps=3, lr=1e-4, ar_lr=1e-3, prompts=8, group=4, micro_batch=8)
+
+
+@pytest.mark.parametrize(
+    "rl",
+    [
+        RL,
+        RLSpec(documents=9000, steps=400, lr=1e-5, ar_lr=1e-4),
+        RLSpec(documents=9000, steps=400, lr=1e-5, ar_lr=1e-4, prompts=63, group=9, micro_batch=7, updates=3),
+        RLSpec(documents=2, steps=1, lr=1e-5, ar_lr=1e-4, prompts=1, group=2, micro_batch=1, updates=2, ar_warmup=9),
+        RLSpec(documents=90, steps=9, lr=1e-5, ar_lr=1e-4, prompts=64, group=8, micro_batch=32, updates=16),
+    ],
+)
+def test_a_rehearsed_rl_stage_is_small_and_whole(rl: RLSpec) -> None:
+    assert list(rl.faults()) == []
+    recipe = dataclasses.replace(load_recipe("tiny"), rl=rl)
+    cut, changes = rehearsed(recipe)
+    assert cut.rl is not None
+    assert list(cut.rl.faults()) == []
+    assert (cut.rl.steps <= STEPS, cut.rl.samples <= 16, cut.rl.ar_warmup <= 1) == (True, True, True)
+    assert (cut.rl.lr, cut.rl.beta, cut.rl.reward, cut.rl.loss) == (rl.lr, rl.beta, rl.reward, rl.loss)
+    for spec in dataclasses.fields(RLSpec):
+        old, new = getattr(rl, spec.name), getattr(cut.rl, spec.name)
+        assert (f"rl.{spec.name}: {old} -> {new}" in changes) == (old != new), spec.name
+
+
+def test_only_a_recipe_with_an_rl_section_has_that_stage() -> None:
+    plain, joint = small_recipe(), small_recipe(rl=RL)
+    assert stages_of(plain) == ("source", "data", "ar", "av", "export", "eval")
+    assert stages_of(joint) == ("source", "data", "ar", "av", "rl", "export", "eval")
+    require_stages(joint, ["rl"])
+    with pytest.raises(InputError, match="no stage 'rl'"):
+        require_stages(plain, ["rl"])
+    with pytest.raises(InputError, match="no such stage"):
+        require_stages(joint, ["lr"])
+
+
+def test_what_only_the_rl_stage_would_stumble_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "find_spec", lambda name: object())
+    check_recipe(small_recipe(rl=RL), world=4)
+    with pytest.raises(RecipeError, match=r"32 samples are no multiple .* 8 x 1 x 8"):
+        check_recipe(small_recipe(rl=RL), world=8)
+    with pytest.raises(RecipeError, match=r"fewer than rl\.prompts"):
+        check_recipe(small_recipe(rl=dataclasses.replace(RL, documents=1, prompts=16)))
+    monkeypatch.setattr(checks, "find_spec", lambda name: None if name == "trl" else object())
+    with pytest.raises(MissingExtraError, match=r"pip install 'nla-hub\[train\]'"):
+        check_recipe(small_recipe(rl=RL))
+    check_recipe(small_recipe())
+
+
+def test_a_tracker_that_is_not_there_is_refused_with_its_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
+    check_reporters(())
+    with pytest.raises(InputError, match=r"'trackio', which is not installed[^$]*pip install 'nla-hub\[log\]'"):
+        check_reporters(["trackio"])
+    with pytest.raises(InputError, match="pip install wandb"):
+        check_reporters(["wandb"])
+    with pytest.raises(InputError, match="nothing of that name"):
+        check_reporters(["paper"])
+    monkeypatch.setattr(checks, "find_spec", lambda name: object())
+    check_reporters(["trackio", "tensorboard", "wandb"])
+
+
+def test_a_labeler_gets_only_the_settings_that_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Plain:
+        def label(self, requests: Any) -> list[str | None]:
+            return ["a text"] * len(requests)
+
+    labeler: Any = make_labeler(LabelSpec("tiny", ("mood",), 0.5))
+    assert (labeler.clauses, labeler.share) == (("mood",), 0.5)
+    monkeypatch.setattr("nla_hub.registry.labelers.get", lambda name: Plain)
+    assert isinstance(make_labeler(LabelSpec("plain")), Plain)
+    with pytest.raises(RecipeError, match=r"labels\.share"):
+        make_labeler(LabelSpec("plain", share=0.5))
+
+
+def test_rows_without_labels_are_vectors_of_the_same_tokens(source: Source, tmp_path: Path) -> None:
+    documents = TinyCorpus().documents(4, seed=1)
+    bare = collect(source, small_recipe(), documents, None, prefix="test")
+    labelled = collect(source, small_recipe(), documents, TinyLabeler(), prefix="test")
+    assert torch.equal(bare.vectors, labelled.vectors)
+    assert bare.prefixes == labelled.prefixes
+    assert set(bare.texts) == {""}
+    write_rows(tmp_path / "rl.parquet", bare, meta={"stage": "rl"})
+    assert "api_explanation" not in pq.read_schema(tmp_path / "rl.parquet").names
+    back = read_rows(tmp_path / "rl.parquet")
+    assert dataclasses.replace(back, vectors=bare.vectors) == bare
 
 
 def test_positions_depend_on_seed_and_document_alone(source: Source) -> None:
@@ -322,7 +417,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recipe]:
 
 def test_a_finished_run_is_a_pair_that_loads(finished: tuple[Path, Recipe]) -> None:
     place, recipe = finished
-    for stage in STAGES:
+    for stage in stages_of(recipe):
         assert (place / stage / "DONE").is_file()
         assert (place / stage / "config.yaml").is_file()
     assert (place / "ar" / "metrics.jsonl").read_text().count("\n") >= 1
@@ -337,7 +432,9 @@ def test_a_finished_run_is_a_pair_that_loads(finished: tuple[Path, Recipe]) -> N
 
 def test_the_same_recipe_and_seed_give_the_same_weights(finished: tuple[Path, Recipe], tmp_path: Path) -> None:
     place, recipe = finished
-    Pipeline(recipe, RunDirectory(tmp_path / "again", recipe), Silent(), max_steps=STEPS).execute(STAGES[:-1])
+    Pipeline(recipe, RunDirectory(tmp_path / "again", recipe), Silent(), max_steps=STEPS).execute(
+        stages_of(recipe)[:-1]
+    )
     for half in ("av", "ar"):
         for file in (place / "export" / "checkpoint" / half).glob("*.safetensors"):
             if file.name == "fve_reference.safetensors":
@@ -360,16 +457,13 @@ def test_a_place_that_holds_something_else_is_left_alone(tmp_path: Path) -> None
     assert [p.name for p in tmp_path.iterdir()] == ["letter.txt"]
 
 
-def test_a_second_process_is_kept_out_and_a_dead_owner_is_not(tmp_path: Path) -> None:
+def test_a_second_user_is_kept_out_until_the_first_is_gone(tmp_path: Path) -> None:
     recipe = small_recipe()
-    run = RunDirectory(tmp_path / "run", recipe)
-    (run.path / ".lock").write_text("1\n")  # process 1 is alive on every machine
-    with pytest.raises(RunError, match="Another process"), run:
+    (first, second) = (RunDirectory(tmp_path / "run", recipe) for _ in range(2))
+    with first, pytest.raises(RunError, match="Another process"), second:
         pass
-    (run.path / ".lock").write_text("999999999\n")
-    with run:
+    with second:
         pass
-    assert not (run.path / ".lock").exists()
 
 
 def test_a_marker_that_is_not_one_token_is_refused(tmp_path: Path) -> None:
@@ -403,18 +497,81 @@ def test_what_a_later_stage_would_stumble_over_is_refused_at_once(override: str)
     check_recipe(load_recipe("tiny"))
 
 
-def test_a_leak_is_refused_before_a_score_is_stored(
-    finished: tuple[Path, Recipe], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from nla_hub.errors import InputError
-    from nla_hub.tiny.labeler import TinyCorpus as Corpus
+def test_every_purpose_has_documents_of_its_own() -> None:
+    recipe = small_recipe(rl=RL)
+    assert set(data_splits(recipe)) == {"av_sft", "ar_sft", "dev", "rl"}
+    assert set(data_splits(small_recipe())) == {"av_sft", "ar_sft", "dev"}
+    first = [split_documents(recipe, split, 1)[0].content for split in SEED_OFFSETS]
+    assert len({str(content) for content in first}) == len(SEED_OFFSETS)
+    many = dataclasses.replace(RL, evaluate_rows=4000)
+    assert data_splits(small_recipe(rl=many))["dev"] * recipe.data.positions >= 4000
 
+
+def leaking(split: str, leaked: list[Any]) -> Any:
+    """A corpus that gives `leaked` documents where `split` is asked for."""
+
+    def give(self: TinyCorpus, n: int, *, seed: int) -> list[Any]:
+        return leaked if seed == SEED_OFFSETS[split] else documents(n, seed)
+
+    return give
+
+
+@pytest.mark.parametrize("split", ["av_sft", "ar_sft", "rl"])
+def test_a_leak_is_refused_before_a_score_is_stored(
+    split: str, finished: tuple[Path, Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     place, recipe = finished
-    leaked = documents(60, 0, "eval")
-    monkeypatch.setattr(Corpus, "documents", lambda self, n, *, seed, split="train": leaked)
-    monkeypatch.setattr(
-        "nla_hub.training.pipeline.record_score", lambda *a: pytest.fail("stored before the leak check")
-    )
-    run = Pipeline(recipe, RunDirectory(place, recipe, rehearsal=False), Silent(), max_steps=STEPS)
-    with pytest.raises(InputError):
-        run._eval(run.run.stage("eval"))
+    recipe = dataclasses.replace(recipe, rl=RL)
+    pipeline = Pipeline(recipe, RunDirectory(tmp_path / "leaking", recipe), Silent(), max_steps=STEPS)
+    monkeypatch.setattr(Pipeline, "pair_directory", place / "export" / "checkpoint")
+    stored: list[Any] = []
+    monkeypatch.setattr("nla_hub.training.pipeline.record_score", lambda *a: stored.append(a))
+    stage = pipeline.run.stage("eval")
+    stage.begin(recipe)
+    with monkeypatch.context() as patched:
+        patched.setattr(TinyCorpus, "documents", leaking(split, documents(60, 0, "eval")))
+        with pytest.raises(InputError, match="stand verbatim in the training data"):
+            pipeline._eval(stage)
+    assert stored == []
+    assert not (stage.path / "result.json").exists()
+    pipeline._eval(stage)
+    assert len(stored) == 1, "the same run without the leak is stored"
+
+
+@pytest.mark.parametrize("split", ["av_sft", "ar_sft", "rl"])
+def test_held_out_rows_that_are_trained_on_are_refused_before_any_training(
+    split: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = small_recipe(rl=RL)
+    require_dev_held_out(recipe)
+    monkeypatch.setattr(TinyCorpus, "documents", leaking(split, documents(3, SEED_OFFSETS["dev"])))
+    monkeypatch.setattr(checks, "find_spec", lambda name: object())
+    run = RunDirectory(tmp_path / "run", recipe)
+    with pytest.raises(InputError, match="3 of 100 evaluation documents"):
+        Pipeline(recipe, run, Silent(), max_steps=1).execute(("source", "data", "ar"))
+    assert not run.stage("data").is_done
+
+
+@pytest.mark.train
+def test_a_run_with_rl_exports_what_the_rl_stage_made(tmp_path: Path) -> None:
+    recipe = rehearsed(small_recipe(rl=dataclasses.replace(RL, micro_batch=4, label_share=0.5)))[0]
+    listener = Silent()
+    pair = Pipeline(recipe, RunDirectory(tmp_path / "run", recipe), listener, max_steps=STEPS).execute()
+    assert listener.begun == list(stages_of(recipe))
+    assert (tmp_path / "run" / "ar" / "watch" / "model.safetensors").is_file()
+    for half in ("av", "ar"):
+        sidecar = Sidecar.read(pair / half)
+        assert sidecar.stage == "rl"
+        assert sidecar.extra["training"]["rl_steps"] == STEPS
+        exported, made, before = (
+            load_file(place / "model.safetensors")
+            for place in (
+                pair / half,
+                tmp_path / "run" / "rl" / "checkpoint" / half,
+                tmp_path / "run" / half / "checkpoint",
+            )
+        )
+        assert all(torch.equal(exported[name], made[name].to(exported[name].dtype)) for name in exported)
+        if half == "ar":  # an AV after two steps may write nothing usable, and learns nothing from equal rewards
+            assert any(not torch.equal(made[name], before[name]) for name in made)
+    assert not (tmp_path / "run" / "rl" / "state").exists()

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nla_hub.cli import output
+from nla_hub.errors import NLAError
+from nla_hub.log import logger
 
 if TYPE_CHECKING:
+    from nla_hub.training.processes import Processes
     from nla_hub.training.recipe import Recipe
 
 
@@ -36,12 +39,49 @@ def train(
     rehearse: Annotated[
         bool, typer.Option("--rehearse", help="A few steps of every stage, to see that it runs.")
     ] = False,
+    report_to: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--report-to", help="Also send the rl stage's figures to trackio, tensorboard or wandb (repeatable)."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a finished stage.")] = False,
 ) -> None:
-    """Train a pair from a recipe. The same command continues a run; a changed configuration is refused."""
+    """Train a pair from a recipe. The same command continues a run; a changed configuration is refused.
+
+    With several processes: accelerate launch -m nla_hub train RECIPE.
+    """
+    from nla_hub.training.processes import Processes
+
+    processes = Processes.here()
+    if not processes.is_main:
+        output.configure(quiet=True)
+    try:
+        _run(processes, recipe, overrides or [], out, stage, rehearse, report_to or [], as_json)
+    except NLAError as error:
+        if processes.is_main:
+            raise
+        logger.warning("process %d: %s", processes.rank, error.one_line())
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        output.message("\nInterrupted. What is done is kept: the same command continues at the last checkpoint.")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    processes.close()
+
+
+def _run(
+    processes: Processes,
+    recipe: str,
+    overrides: list[str],
+    out: Path | None,
+    stage: list[str] | None,
+    rehearse: bool,
+    report_to: list[str],
+    as_json: bool,
+) -> None:
     from nla_hub.training.recipe import load_recipe
 
-    resolved = load_recipe(recipe, overrides or [])
+    resolved = load_recipe(recipe, overrides)
     max_steps = None
     if rehearse:
         from nla_hub.training.rehearsal import STEPS, rehearsed
@@ -50,22 +90,24 @@ def train(
         max_steps = STEPS
         for change in changes:
             output.message(f"rehearsal: {change}")
-    from nla_hub.training.pipeline import STAGES, Pipeline, check_recipe
+    from nla_hub.training.checks import check_recipe, check_reporters
+    from nla_hub.training.pipeline import Pipeline
     from nla_hub.training.run import RunDirectory
+    from nla_hub.training.stages import STAGES, require_stages, stages_of
 
-    check_recipe(resolved)
+    check_recipe(resolved, world=processes.world)
+    check_reporters(report_to)
     if unknown := set(stage or ()) - set(STAGES):
         raise typer.BadParameter(f"{sorted(unknown)[0]!r} is none of {', '.join(STAGES)}", param_hint="--stage")
-    run = RunDirectory(out or default_directory(resolved, rehearse), resolved, rehearsal=rehearse)
+    stages = tuple(stage or stages_of(resolved))
+    require_stages(resolved, stages)
+    place = out or default_directory(resolved, rehearse)
+    run = RunDirectory(place, resolved, rehearsal=rehearse, processes=processes)
     output.message(f"run directory: {run.path}")
-    listener = Lines(as_json, stage or STAGES)
-    try:
-        pair = Pipeline(resolved, run, listener, max_steps=max_steps).execute(stage or STAGES)
-    except KeyboardInterrupt:
-        output.message("\nInterrupted. The stages that are done are kept: the same command continues after them.")
-        raise typer.Exit(EXIT_INTERRUPTED) from None
-    if not pair.is_dir():
-        return  # only earlier stages were asked for
+    listener = Lines(as_json, stages)
+    pair = Pipeline(resolved, run, listener, max_steps=max_steps, report_to=report_to).execute(stages)
+    if not processes.is_main or not pair.is_dir():
+        return  # or only earlier stages were asked for
     if not as_json:
         output.print_text(str(pair))
     output.message(

@@ -89,6 +89,37 @@ def share_of_sums(sums: np.ndarray) -> np.ndarray:
     return result
 
 
+@dataclass(frozen=True, eq=False)
+class FactHits:
+    """What recall, chance, probe and share are made of: one number a row that has the fact, each float64 [n].
+
+    Attributes:
+        hit: 1 where the explanation names the fact correctly.
+        chance: see `chance_of_rows`.
+        right: 1 where the probe is right; None without a probe.
+    """
+
+    hit: np.ndarray
+    chance: np.ndarray
+    right: np.ndarray | None
+
+    @property
+    def gated(self) -> bool:
+        """Whether the probe beats chance by `GATE_GAP`."""
+        return self.right is not None and bool(self.right.mean() - self.chance.mean() >= GATE_GAP)
+
+
+def fact_hits(
+    actual: Sequence[Hashable], named: Sequence[Hashable | None], probed: Sequence[Hashable | None] | None
+) -> FactHits:
+    """The hits of one fact; arguments as in `fact_row`."""
+    hit = np.array([m == a for m, a in zip(named, actual, strict=True)], dtype=np.float64)
+    right = None
+    if probed is not None:
+        right = np.array([p == a for p, a in zip(probed, actual, strict=True)], dtype=np.float64)
+    return FactHits(hit, chance_of_rows(named, actual), right)
+
+
 def fact_row(
     fact: str,
     *,
@@ -117,17 +148,14 @@ def fact_row(
             precision=precision, precision_given=None, chance=None, probe=None, probe_balanced=None, majority=None,
             share=None, share_low=None, share_high=None, gated=False,
         )  # fmt: skip
-    hit = np.array([m == a for m, a in zip(named, actual, strict=True)], dtype=np.float64)
-    chance = chance_of_rows(named, actual)
+    hits = fact_hits(actual, named, probed)
+    hit, chance, right = hits.hit, hits.chance, hits.right
     low, high = mean_interval(hit, documents, seed=seed)
     given = [a == m for a, m in zip(actual, named, strict=True) if m is not None]
     probe = probe_balanced = share = share_low = share_high = None
-    gated = False
-    if probed is not None:
-        right = np.array([p == a for p, a in zip(probed, actual, strict=True)], dtype=np.float64)
+    if probed is not None and right is not None:
         probe, probe_balanced = float(right.mean()), balanced_accuracy(probed, actual)
-        gated = bool(right.mean() - chance.mean() >= GATE_GAP)
-        if gated:
+        if hits.gated:
             columns = np.column_stack([hit, chance, right])
             share = float(share_of_sums(columns.sum(axis=0)))
             share_low, share_high = cluster_interval(columns, documents, share_of_sums, seed=seed)
@@ -148,7 +176,7 @@ def fact_row(
         share=share,
         share_low=share_low,
         share_high=share_high,
-        gated=gated,
+        gated=hits.gated,
     )
 
 

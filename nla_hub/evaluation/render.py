@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from nla_hub.evaluation.facts import GATE_ROWS
@@ -34,7 +34,7 @@ def interval(value: float | None, low: float | None, high: float | None) -> str:
 
 def measures(result: EvalResult) -> list[Measure]:
     """What was scored, in the order of the table."""
-    every = (result.real, result.permuted, result.floor, result.floor_linear, result.ceiling)
+    every = (result.real, result.sampled, result.permuted, result.floor, result.floor_linear, result.ceiling)
     return [m for m in every if m is not None]
 
 
@@ -104,11 +104,16 @@ def headline(result: EvalResult) -> str:
     return f"{result.real.fve}; cosine {interval(result.real.cosine, result.real.cosine_low, result.real.cosine_high)}"
 
 
+def status_counts(statuses: Mapping[str, int]) -> str:
+    """Rows of each status and the share that is ok."""
+    counts = ", ".join(f"{n} {status}" for status, n in sorted(statuses.items()))
+    return f"{counts} ({statuses.get('ok', 0) / sum(statuses.values()):.1%} ok)"
+
+
 def provenance(result: EvalResult) -> list[tuple[str, str]]:
     """Names and values of what the figures come from."""
     protocol = result.protocol
     drawn = "greedy" if protocol.temperature == 0 else f"temperature {protocol.temperature:g}, seed {protocol.seed}"
-    counts = ", ".join(f"{n} {status}" for status, n in sorted(result.statuses.items()))
     rows = [
         ("pair", result.nla + (f" @ {result.revision}" if result.revision else "")),
         ("base model", f"{result.base_model or 'unknown'}, output of block {result.layer}"),
@@ -117,8 +122,10 @@ def provenance(result: EvalResult) -> list[tuple[str, str]]:
             f"{protocol.name}: {result.n} activations of {result.documents} documents ({result.corpus}), position >= "
             f"{protocol.min_position}, seed {protocol.seed}, {drawn}",
         ),
-        ("status", f"{counts} ({result.ok:.1%} ok)"),
+        ("status", status_counts(result.statuses)),
     ]
+    if result.sampled is not None:
+        rows.append(("status at temperature 1", status_counts(result.sampled_statuses)))
     if result.words is not None:
         rows.append(("words", f"{result.words:.1f} a usable explanation"))
     if result.reference is not None:

@@ -44,6 +44,8 @@ class EvalResult:
         real: the pair's explanations. permuted: the same at rows not their own. ceiling: gold labels, floor: labels of
             last and next word only, both through the pair's AR. floor_linear: the two words by ridge regression. The
             last three exist for the tiny world only.
+        sampled: the protocol's rows explained at temperature 1, one sample each; None where not asked for.
+        sampled_statuses: rows of each status among these; empty where not asked for.
         reference: denominators of every FVE here; None from fewer than 100 rows without a stored one.
         statuses: rows of each status.
         words: mean number of words of usable explanations.
@@ -76,6 +78,8 @@ class EvalResult:
     shared_documents: int | None = None
     train_documents: int | None = None
     examples: tuple[Example, ...] = ()
+    sampled: Measure | None = None
+    sampled_statuses: Mapping[str, int] = field(default_factory=dict)
     commit: str | None = None
     versions: Mapping[str, str | None] = field(default_factory=dict)
     seeds: Mapping[str, int] = field(default_factory=dict)
@@ -90,6 +94,11 @@ class EvalResult:
     def ok(self) -> float:
         """Share of rows with status "ok"."""
         return self.statuses.get("ok", 0) / self.n
+
+    @property
+    def ok_sampled(self) -> float | None:
+        """Share of rows with status "ok" among those drawn at temperature 1; None where not measured."""
+        return self.sampled_statuses.get("ok", 0) / self.n if self.sampled is not None else None
 
     def score(self, baseline: Baseline = "raw_variance") -> Score | None:
         """The figure as a sidecar stores it; None where it was not measured."""
@@ -113,6 +122,8 @@ class EvalResult:
             "fve_mean_norm": self.real.fve_mean_norm.value,
             "cosine": self.real.cosine,
             "ok": self.ok,
+            "fve_sampled": value(self.sampled),
+            "ok_sampled": self.ok_sampled,
             "n": float(self.n),
             "permuted": value(self.permuted),
             "permuted_cosine": None if self.permuted is None else self.permuted.cosine,
@@ -139,17 +150,19 @@ class EvalResult:
         data["format"] = FORMAT
         for name in ("facts", "source_check", "examples"):
             data[name] = list(data[name])
-        data["statuses"] = dict(sorted(self.statuses.items()))
+        for name in ("statuses", "sampled_statuses"):
+            data[name] = dict(sorted(data[name].items()))
         return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> EvalResult:
-        """Read what `to_dict` wrote; raises an InputError for anything else."""
+        """Read what `to_dict` wrote, also before a result had its sampled figures; an InputError for anything else."""
         values = dict(data)
         if values.pop("format", None) != FORMAT:
             raise InputError("This is no evaluation result.", got=f"format {data.get('format')!r}", expected=FORMAT)
         try:
-            for name in ("real", "permuted", "floor", "floor_linear", "ceiling"):
+            values.setdefault("sampled", None)
+            for name in ("real", "sampled", "permuted", "floor", "floor_linear", "ceiling"):
                 values[name] = None if values[name] is None else Measure.from_dict(values[name])
             values["protocol"] = Protocol(**values["protocol"])
             values["reference"] = None if values["reference"] is None else Reference(**values["reference"])

@@ -16,22 +16,14 @@ from nla_hub.errors import InputError
 RESAMPLES = 1000
 
 
-def cluster_interval(
-    columns: np.ndarray,
-    documents: Sequence[object],
-    statistic: Callable[[np.ndarray], np.ndarray],
-    *,
-    seed: int = 0,
-    resamples: int = RESAMPLES,
-    level: float = 0.95,
-) -> tuple[float, float]:
-    """Percentile interval of a statistic of sums, resampling documents.
+def cluster_totals(
+    columns: np.ndarray, documents: Sequence[object], *, seed: int = 0, resamples: int = RESAMPLES
+) -> np.ndarray:
+    """Sums of resampled documents: float64 [resamples, k + 1], the last column the number of rows.
 
     Args:
         columns: float [rows, k]: what is summed, one column each. Paired quantities stand in one row.
-        documents: document of each row.
-        statistic: sums [resamples, k + 1] -> values [resamples]; the last column is the number of rows. Values that are
-            not finite (an empty denominator in a resample) are left out.
+        documents: document of each row. Which documents a resample takes depends on the seed and their number alone.
 
     Raises:
         InputError: no rows, or not one document a row.
@@ -49,14 +41,42 @@ def cluster_interval(
     totals = np.empty((resamples, sums.shape[1]))
     for i in range(resamples):
         totals[i] = sums[rng.integers(0, len(sums), len(sums))].sum(axis=0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        values = statistic(totals)
-    values = values[np.isfinite(values)]
-    if not len(values):
+    return totals
+
+
+def percentiles(values: np.ndarray, *, level: float = 0.95) -> tuple[float, float]:
+    """The central interval of `values` [resamples]; those that are not finite are left out, NaN where none is left."""
+    finite = values[np.isfinite(values)]
+    if not len(finite):
         return math.nan, math.nan
     tail = (1.0 - level) / 2.0
-    low, high = np.quantile(values, [tail, 1.0 - tail])
+    low, high = np.quantile(finite, [tail, 1.0 - tail])
     return float(low), float(high)
+
+
+def cluster_interval(
+    columns: np.ndarray,
+    documents: Sequence[object],
+    statistic: Callable[[np.ndarray], np.ndarray],
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """Percentile interval of a statistic of sums, resampling documents.
+
+    Args:
+        columns, documents: see `cluster_totals`.
+        statistic: sums [resamples, k + 1] -> values [resamples]; the last column is the number of rows. Values that are
+            not finite (an empty denominator in a resample) are left out.
+
+    Raises:
+        InputError: no rows, or not one document a row.
+    """
+    totals = cluster_totals(columns, documents, seed=seed, resamples=resamples)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        values = statistic(totals)
+    return percentiles(values, level=level)
 
 
 def mean_interval(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from nla_hub.sampling import RowKey, document_hash, row_uniforms
 from nla_hub.tiny.document import Document, Value
 from nla_hub.tiny.vocabulary import CALLS, COLOUR, MOOD, OBJECT, PERSON, PLACE, RHYME, SUM, TOPIC
 
@@ -62,8 +63,14 @@ MARKS: dict[str, str] = {
 _UNMARK = {name: mark for mark, name in MARKS.items()}
 
 
-def label(document: Document, char: int, clauses: Sequence[str] | None = None) -> str:
-    """What a reader of `document.text[:char]` holds, most telling first; `clauses` keeps only some of `CLAUSES`."""
+def label(
+    document: Document, char: int, clauses: Sequence[str] | None = None, *, share: float | None = None
+) -> str:
+    """What a reader of `document.text[:char]` holds, most telling first.
+
+    `clauses` keeps only some of `CLAUSES`; `share` keeps each of them with this probability, drawn from (document, char)
+    alone, and at least one.
+    """
     wanted = CLAUSES if clauses is None else clauses
     unknown = set(wanted) - set(CLAUSES)
     if unknown:
@@ -88,6 +95,10 @@ def label(document: Document, char: int, clauses: Sequence[str] | None = None) -
             parts.append(f"sentence {min(done + 1, 9)}")
         elif clause in facts:
             parts.append(f"{HEADS[clause]} {facts[clause]}")
+    if share is not None:
+        draws = row_uniforms(0, RowKey(document_hash(document.text), char), len(parts) + 1)
+        kept = [part for part, draw in zip(parts, draws, strict=False) if draw < share]
+        parts = kept or parts[int(draws[-1] * len(parts)) :][:1]
     return "; ".join(parts)
 
 

@@ -16,6 +16,8 @@ from nla_hub.export import save_source
 from nla_hub.tiny.labels import label_texts
 from nla_hub.tiny.tokenizer import build_tokenizer
 from nla_hub.tiny.world import documents
+from nla_hub.training.loop import checkpoint_interval
+from nla_hub.training.state import TrainingState
 
 __all__ = ["SourceSettings", "train_source"]
 
@@ -46,14 +48,22 @@ class SourceSettings:
 
 
 def train_source(
-    out_dir: str | Path, *, seed: int = 0, settings: SourceSettings | None = None, progress: Progress | None = None
+    out_dir: str | Path,
+    *,
+    seed: int = 0,
+    settings: SourceSettings | None = None,
+    progress: Progress | None = None,
+    state: TrainingState | None = None,
 ) -> Path:
-    """Train tokenizer and model, save both to `out_dir` as an ordinary Hugging Face directory, and return it."""
+    """Train tokenizer and model, save both to `out_dir` as an ordinary Hugging Face directory, and return it.
+
+    Where `state` has a checkpoint of this training, it is continued.
+    """
     settings = settings or SourceSettings()
     out_dir = Path(out_dir)
     tokenizer = make_tokenizer(settings)
     model = make_model(settings, tokenizer, seed)
-    fit(model, tokenizer, settings, seed, progress)
+    fit(model, tokenizer, settings, seed, progress, state)
     save(model, tokenizer, out_dir)
     return out_dir
 
@@ -129,8 +139,9 @@ def fit(
     settings: SourceSettings,
     seed: int,
     progress: Progress | None = None,
+    state: TrainingState | None = None,
 ) -> float:
-    """Next-token training; returns the mean loss of the last 50 steps, nats a token."""
+    """Next-token training, from the last checkpoint of `state` on; returns the mean loss of the last 50 steps, nats a token."""
     docs = documents(settings.documents, seed)
     rows = encode(tokenizer, [d.text for d in docs], [not isinstance(d.content, str) for d in docs])
     stream = batches(rows, settings.batch_documents, int(tokenizer.pad_token_id), Random(seed))
@@ -142,8 +153,17 @@ def fit(
         betas=settings.betas,
     )
     model.train()
-    started, recent = time.perf_counter(), 0.0
-    for step in range(settings.steps):
+    begun, recent, seconds = 0, 0.0, 0.0
+    if state is not None and (found := state.load()) is not None:
+        begun, content = found
+        model.load_state_dict(content["model"])
+        optimizer.load_state_dict(content["optimizer"])
+        recent, seconds = content["recent"], content["seconds"]
+        for _ in range(begun):
+            next(stream)
+    started = time.perf_counter() - seconds
+    every = checkpoint_interval(settings.steps)
+    for step in range(begun, settings.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, settings)
         ids, targets = next(stream)
@@ -157,6 +177,9 @@ def fit(
         recent = loss.item() if step == 0 else 0.98 * recent + 0.02 * loss.item()
         if progress is not None and (step % 50 == 49 or step + 1 == settings.steps):
             progress({"step": step + 1, "loss": recent, "seconds": time.perf_counter() - started})
+        if state is not None and (step + 1) % every == 0 and step + 1 < settings.steps:
+            content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "recent": recent}
+            state.save(step + 1, {**content, "seconds": time.perf_counter() - started})
     model.eval()
     return recent
 

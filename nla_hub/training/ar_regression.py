@@ -21,6 +21,7 @@ from nla_hub.reconstructor import ARModel
 from nla_hub.training.data import TrainingRows
 from nla_hub.training.loop import LoopResult, Report, chunks, run_loop
 from nla_hub.training.recipe import StageSpec
+from nla_hub.training.state import TrainingState
 
 
 def init_ar(adapter: Adapter, trunk: nn.Module) -> ARModel:
@@ -49,23 +50,37 @@ def train_ar(
     report: Report,
     held_out: TrainingRows | None = None,
     max_steps: int | None = None,
+    state: TrainingState | None = None,
 ) -> LoopResult:
-    """Train an AR in place on labelled rows; reports the held-out FVE (raw variance, of labels) at the end."""
+    """Train an AR in place on labelled rows; reports the held-out FVE (raw variance, of labels) at the end.
+
+    Where `state` has a checkpoint of this training, it is continued. Raises a TrainingError, see `run_loop`.
+    """
     pad = pad_id_of(prompt.tokenizer)
     encoded = [prompt.encode(text) for text in rows.texts]
-    device = model.head.weight.device
 
     def loss_of(wrapped: Any, indices: Sequence[int]) -> tuple[Tensor, int]:
+        device = model.head.weight.device
         ids, mask = pad_right([encoded[i] for i in indices], pad)
         predicted = wrapped(ids.to(device), mask.to(device))
         return direction_loss(predicted, rows.vectors[list(indices)].to(device)).sum(), len(indices)
 
-    result = run_loop(model, loss_of, [len(e) for e in encoded], spec, seed=seed, report=report, max_steps=max_steps)
-    if held_out is not None and len(held_out) >= 2:
-        losses = evaluate_ar(model, prompt, held_out)
+    def fve_of_labels() -> dict[str, Any]:
+        assert held_out is not None
         denominator = Reference.measure(held_out.vectors, "held-out rows").raw_variance
-        report({"step": result.steps, "steps": result.steps, "held_out_fve_of_labels": fve_value(losses, denominator)})
-    return result
+        return {"held_out_fve_of_labels": fve_value(evaluate_ar(model, prompt, held_out), denominator)}
+
+    return run_loop(
+        model,
+        loss_of,
+        [len(e) for e in encoded],
+        spec,
+        seed=seed,
+        report=report,
+        max_steps=max_steps,
+        state=state,
+        closing=fve_of_labels if held_out is not None and len(held_out) >= 2 else None,
+    )
 
 
 def evaluate_ar(model: ARModel, prompt: ARPrompt, rows: TrainingRows, *, batch_size: int = 128) -> Tensor:

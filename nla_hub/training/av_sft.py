@@ -18,6 +18,7 @@ from nla_hub.prompts import AVPrompt, response_ids
 from nla_hub.training.data import TrainingRows
 from nla_hub.training.loop import LoopResult, Report, chunks, run_loop
 from nla_hub.training.recipe import StageSpec
+from nla_hub.training.state import TrainingState
 
 
 class AVLoss:
@@ -65,25 +66,31 @@ def train_av(
     report: Report,
     held_out: TrainingRows | None = None,
     max_steps: int | None = None,
+    state: TrainingState | None = None,
 ) -> LoopResult:
-    """Train an AV in place; reports the held-out loss with real and with shuffled vectors at the end."""
+    """Train an AV in place; reports the held-out loss with real and with shuffled vectors at the end.
+
+    Where `state` has a checkpoint of this training, it is continued. Raises a TrainingError, see `run_loop`.
+    """
     loss = AVLoss(tokenizer, prompt, injector, rows)
     model.requires_grad_(True)
-    result = run_loop(
-        model, loss, [len(r) for r in loss.responses], spec, seed=seed, report=report, max_steps=max_steps
-    )
-    if held_out is not None and len(held_out) >= 2:
+
+    def worth() -> dict[str, Any]:
+        assert held_out is not None
         real, shuffled = evaluate_av(model, tokenizer, prompt, injector, held_out)
-        report(
-            {
-                "step": result.steps,
-                "steps": result.steps,
-                "held_out_loss": real,
-                "held_out_loss_shuffled": shuffled,
-                "vector_worth": shuffled - real,
-            }
-        )
-    return result
+        return {"held_out_loss": real, "held_out_loss_shuffled": shuffled, "vector_worth": shuffled - real}
+
+    return run_loop(
+        model,
+        loss,
+        [len(r) for r in loss.responses],
+        spec,
+        seed=seed,
+        report=report,
+        max_steps=max_steps,
+        state=state,
+        closing=worth if held_out is not None and len(held_out) >= 2 else None,
+    )
 
 
 def evaluate_av(

@@ -22,14 +22,16 @@ from torch import Tensor
 from nla_hub import registry, yaml_io
 from nla_hub.batching import pad_id_of
 from nla_hub.capture import run_trunk
-from nla_hub.errors import TrainingError
+from nla_hub.errors import RecipeError, TrainingError
 from nla_hub.nla import Source
 from nla_hub.sidecar import Site
 from nla_hub.source_text import Encoded, context_length, encode_source
 from nla_hub.training.labelers import Corpus, CorpusDocument, Labeler, LabelRequest
-from nla_hub.training.recipe import Recipe
+from nla_hub.training.recipe import LabelSpec, Recipe
 
-__all__ = ["TrainingRows", "collect", "pick_positions", "read_rows", "write_rows"]
+__all__ = ["TrainingRows", "collect", "make_labeler", "open_corpus", "pick_positions", "read_rows", "write_rows"]
+
+LABEL = "api_explanation"
 
 
 @dataclass(frozen=True)
@@ -74,14 +76,15 @@ def collect(
     source: Source,
     recipe: Recipe,
     documents: Sequence[CorpusDocument],
-    labeler: Labeler,
+    labeler: Labeler | None,
     *,
     prefix: str,
     batch_size: int = 64,
 ) -> TrainingRows:
     """Capture and label rows of `documents`; `prefix` names the split in their ids.
 
-    Rows for which the labeler has no answer are left out. Raises a TrainingError where nothing is left.
+    Rows for which the labeler has no answer are left out; without a labeler all stay, and their texts are "". Raises a
+    TrainingError where nothing is left.
     """
     site = Site(recipe.layer)
     limit = context_length(source.loaded.model.config)
@@ -103,11 +106,11 @@ def collect(
             end = encoded.offsets[p][1]
             rows.append((doc_id, p, encoded.text[:end]))
             requests.append(LabelRequest(document, end))
-    labels = labeler.label(requests)
-    usable = [i for i, text in enumerate(labels) if text]
+    labels: list[str | None] = [""] * len(rows) if labeler is None else labeler.label(requests)
+    usable = [i for i, text in enumerate(labels) if text or labeler is None]
     if not usable:
         raise TrainingError(
-            "No row with a label is left.",
+            "No row is left." if labeler is None else "No row with a label is left.",
             where=f"{prefix}: {len(documents)} documents",
             got=f"{len(rows)} positions, {len(usable)} labels",
             next_step="check data.min_position against the length of the documents, and the labeler",
@@ -127,19 +130,19 @@ def collect(
 
 
 def write_rows(path: Path, rows: TrainingRows, *, meta: dict[str, Any]) -> None:
-    """Write rows and their sidecar (`<file>.nla_meta.yaml`) atomically."""
+    """Write rows and their sidecar (`<file>.nla_meta.yaml`) atomically; rows without any label get no such column."""
     d = rows.vectors.shape[1]
     flat = pa.array(rows.vectors.numpy().reshape(-1), type=pa.float32())
-    table = pa.table(
-        {
-            "activation_vector": pa.FixedSizeListArray.from_arrays(flat, d),
-            "activation_layer": pa.array([rows.site.layer] * len(rows), pa.int32()),
-            "doc_id": pa.array(rows.doc_ids, pa.string()),
-            "n_raw_tokens": pa.array([p + 1 for p in rows.positions], pa.int32()),
-            "detokenized_text_truncated": pa.array(rows.prefixes, pa.string()),
-            "api_explanation": pa.array(rows.texts, pa.string()),
-        }
-    )
+    columns = {
+        "activation_vector": pa.FixedSizeListArray.from_arrays(flat, d),
+        "activation_layer": pa.array([rows.site.layer] * len(rows), pa.int32()),
+        "doc_id": pa.array(rows.doc_ids, pa.string()),
+        "n_raw_tokens": pa.array([p + 1 for p in rows.positions], pa.int32()),
+        "detokenized_text_truncated": pa.array(rows.prefixes, pa.string()),
+    }
+    if any(rows.texts):
+        columns[LABEL] = pa.array(rows.texts, pa.string())
+    table = pa.table(columns)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     pq.write_table(table, temporary)
@@ -156,7 +159,7 @@ def read_rows(path: Path) -> TrainingRows:
     vectors = torch.from_numpy(column.flatten().to_numpy(zero_copy_only=False).reshape(-1, d).copy())
     return TrainingRows(
         vectors=vectors,
-        texts=tuple(table.column("api_explanation").to_pylist()),
+        texts=tuple(table.column(LABEL).to_pylist()) if LABEL in table.column_names else ("",) * len(table),
         doc_ids=tuple(table.column("doc_id").to_pylist()),
         positions=tuple(n - 1 for n in table.column("n_raw_tokens").to_pylist()),
         prefixes=tuple(table.column("detokenized_text_truncated").to_pylist()),
@@ -167,3 +170,21 @@ def read_rows(path: Path) -> TrainingRows:
 def open_corpus(name: str) -> Corpus:
     """The corpus called `name`; raises an UnknownNameError."""
     return registry.corpora.get(name)()
+
+
+def make_labeler(spec: LabelSpec) -> Labeler:
+    """The labeler of a recipe, given only the settings that are set.
+
+    Raises:
+        UnknownNameError: no such labeler. RecipeError: it does not have these settings.
+    """
+    kind: Any = registry.labelers.get(spec.labeler)
+    settings = {name: value for name in ("clauses", "share") if (value := getattr(spec, name)) is not None}
+    try:
+        made: Labeler = kind(**settings)
+    except TypeError as cause:
+        raise RecipeError(
+            f"The labeler {spec.labeler!r} cannot be made with these settings: {cause}",
+            got=", ".join(f"labels.{name}" for name in settings) or "no setting",
+        ) from cause
+    return made

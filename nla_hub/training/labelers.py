@@ -35,7 +35,10 @@ class LabelRequest:
 
 
 class Labeler(Protocol):
-    """Writes labels. A third party registers a class with this shape under `nla_hub.labelers`."""
+    """Writes labels. A third party registers a class with this shape under `nla_hub.labelers`.
+
+    It is made without arguments, or with those of `clauses` and `share` that a recipe sets.
+    """
 
     def label(self, requests: Sequence[LabelRequest]) -> list[str | None]:
         """One label a request; None where there is no usable answer, never a made-up text."""

@@ -1,7 +1,8 @@
 """The supervised loop that both halves share: AdamW on accelerate, one pass over length-sorted batches.
 
 The order of rows comes from the seed alone and a batch is the same rows for any number of processes: each takes every
-`world`-th of them, and losses are sums over a count that all processes share.
+`world`-th of them, and losses are sums over a count that all processes share. Given a `TrainingState`, a loop that was
+killed continues from its last checkpoint and ends with the very weights of one that was not.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from random import Random
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from nla_hub.errors import TrainingError
 from nla_hub.training.recipe import StageSpec
+from nla_hub.training.state import TrainingState
 
 LossOf = Callable[[Any, Sequence[int]], tuple[Tensor, int]]
 """(model, row indices) -> (sum of losses, number of terms)."""
@@ -31,6 +33,12 @@ POOL_BATCHES = 40
 
 NON_FINITE_LIMIT = 10
 """Consecutive steps with a non-finite loss or gradient after which a run stops."""
+
+STEP_STRIDE = 1_000_003
+"""Distance of the random streams of neighbouring seeds, in steps."""
+
+CHECKPOINT_STEPS = 5, 100
+"""Fewest and most steps between two checkpoints; in between it is a twentieth of the run."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,27 @@ def make_optimizer(model: nn.Module, spec: StageSpec) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=spec.lr, betas=(0.9, spec.beta2))
 
 
+def checkpoint_interval(steps: int) -> int:
+    """Steps between two checkpoints of a loop of `steps`."""
+    least, most = CHECKPOINT_STEPS
+    return max(least, min(most, steps // 20))
+
+
+@dataclass
+class _Progress:
+    """What a loop knows besides weights and optimizer; all of it goes into a checkpoint."""
+
+    step: int = 0
+    skipped: int = 0
+    in_a_row: int = 0
+    seconds: float = 0.0
+    recent: list[float] = field(default_factory=list)
+
+    def result(self) -> LoopResult:
+        tail = self.recent[-max(1, len(self.recent) // 10) :]
+        return LoopResult(sum(tail) / max(1, len(tail)), self.step, self.skipped, self.seconds)
+
+
 def run_loop(
     model: nn.Module,
     loss_of: LossOf,
@@ -89,6 +118,9 @@ def run_loop(
     report: Report,
     report_every: int = 50,
     max_steps: int | None = None,
+    state: TrainingState | None = None,
+    checkpoint_every: int | None = None,
+    closing: Callable[[], dict[str, Any]] | None = None,
 ) -> LoopResult:
     """Train `model` in place.
 
@@ -96,6 +128,9 @@ def run_loop(
         loss_of: sums, not means; see `LossOf`.
         lengths: length of each row, for batching.
         max_steps: stop early (a rehearsal).
+        state: where checkpoints are kept; one that is there is continued from. None: nothing is kept.
+        checkpoint_every: steps between checkpoints (None: see `checkpoint_interval`).
+        closing: figures about the trained model, reported once at the end.
 
     Raises:
         TrainingError: losses or gradients stay non-finite.
@@ -107,10 +142,21 @@ def run_loop(
     rank, world = accelerator.process_index, accelerator.num_processes
     batches = [batch for batch in batches if len(batch) >= world]
     steps = len(batches) if max_steps is None else min(len(batches), max_steps)
-    started, skipped, in_a_row = time.perf_counter(), 0, 0
-    recent: list[float] = []
+    every = checkpoint_every or checkpoint_interval(steps)
+    now = _Progress()
+    if state is not None and (found := state.load()) is not None:
+        content = found[1]
+        model.load_state_dict(content["model"])
+        now = _Progress(**content["progress"])
+        if "optimizer" not in content:  # it had come to its end
+            model.eval()
+            return now.result()
+        optimizer.load_state_dict(content["optimizer"])
+    begun = time.perf_counter() - now.seconds
     wrapped.train()
-    for step in range(steps):
+    for step in range(now.step, steps):
+        # Whatever a model draws (dropout) depends on the step alone, not on how often the loop was continued.
+        torch.manual_seed((seed * STEP_STRIDE + step) * world + rank)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, spec)
         total, count = loss_of(wrapped, batches[step][rank::world])
@@ -122,34 +168,40 @@ def run_loop(
         loss = float(sums[0] / sums[1])
         if math.isfinite(loss) and (norm is None or math.isfinite(float(norm))):
             optimizer.step()
-            in_a_row = 0
-            recent.append(loss)
+            now.in_a_row = 0
+            now.recent.append(loss)
         else:
-            skipped, in_a_row = skipped + 1, in_a_row + 1
-            if in_a_row >= NON_FINITE_LIMIT:
+            now.skipped, now.in_a_row = now.skipped + 1, now.in_a_row + 1
+            if now.in_a_row >= NON_FINITE_LIMIT:
                 raise TrainingError(
-                    f"{in_a_row} steps in a row had a non-finite loss or gradient.",
+                    f"{now.in_a_row} steps in a row had a non-finite loss or gradient.",
                     where=f"step {step}",
                     got=f"loss {loss}",
-                    next_step="lower the learning rate of this stage; nothing of it was kept",
+                    next_step="lower the learning rate of this stage in another run: -o PLACE",
                 )
         optimizer.zero_grad(set_to_none=True)
-        if step % report_every == report_every - 1 or step + 1 == steps:
-            window = recent[-report_every:]
+        now.step, now.seconds = step + 1, time.perf_counter() - begun
+        if now.step % report_every == 0 or now.step == steps:
+            window = now.recent[-report_every:]
             report(
                 {
-                    "step": step + 1,
+                    "step": now.step,
                     "steps": steps,
                     "loss": sum(window) / max(1, len(window)),
                     "lr": learning_rate(step, steps, spec),
-                    "skipped": skipped,
-                    "seconds": time.perf_counter() - started,
+                    "skipped": now.skipped,
+                    "seconds": now.seconds,
                 }
             )
+        if state is not None and now.step % every == 0 and now.step < steps:
+            content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "progress": asdict(now)}
+            state.save(now.step, content)
     model.eval()
-    tail = recent[-max(1, len(recent) // 10) :]
-    seconds = time.perf_counter() - started
-    return LoopResult(sum(tail) / max(1, len(tail)), steps, skipped, seconds)
+    if closing is not None:
+        report({"step": steps, "steps": steps, **closing()})
+    if state is not None:
+        state.save(steps, {"model": model.state_dict(), "progress": asdict(now)})
+    return now.result()
 
 
 def chunks(n: int, size: int) -> Iterator[range]:

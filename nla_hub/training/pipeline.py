@@ -1,4 +1,9 @@
-"""The stages of a supervised run: source -> data -> ar -> av -> export -> eval, each resumable by its DONE."""
+"""The stages of a run: source -> data -> ar -> av -> (rl) -> export -> eval, each resumable by its DONE.
+
+What they are made of lies elsewhere: `stages.py` (names and order), `checks.py` (what is refused at once), `splits.py`
+(which documents), `data.py` (rows), `contract.py` (sidecars and the score), `loop.py` (the supervised loop), `rl.py`,
+`run.py` (the directory), `state.py` (what a killed stage continues from), `processes.py` (several processes).
+"""
 
 from __future__ import annotations
 
@@ -8,174 +13,120 @@ import json
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 
-from nla_hub import registry, yaml_io
+from nla_hub import yaml_io
 from nla_hub.checkpoints import LoadOptions, load_ar, load_causal_lm, load_tokenizer, load_trunk
-from nla_hub.errors import InputError, RecipeError, RunError
-from nla_hub.evaluation import EvalResult, get_protocol, require_disjoint, run_protocol
-from nla_hub.evaluation.tiny_rows import base_rows, capture_rows, source_tokenizer
+from nla_hub.errors import RunError
+from nla_hub.evaluation import run_protocol
+from nla_hub.evaluation.tiny_rows import base_rows, source_tokenizer
 from nla_hub.export import save_ar, save_av, save_source
-from nla_hub.geometry import norms, unit
 from nla_hub.hub import HubOptions
 from nla_hub.injection import Injector
-from nla_hub.locate import parse_name
+from nla_hub.locate import zoo_ref
 from nla_hub.nla import NLA, Source
-from nla_hub.prompts import ARPrompt, AVPrompt, render_av_prompt
-from nla_hub.sidecar import EXPLANATION_PLACEHOLDER, Injection, MarkerTokens, ReferenceRecord, Score, Sidecar, Site
+from nla_hub.prompts import ARPrompt, AVPrompt
+from nla_hub.sidecar import Sidecar, Site
 from nla_hub.training.ar_regression import init_ar, train_ar
 from nla_hub.training.av_sft import train_av
-from nla_hub.training.data import TrainingRows, collect, open_corpus, read_rows, write_rows
-from nla_hub.training.labelers import Labeler
+from nla_hub.training.checks import check_recipe, source_settings
+from nla_hub.training.contract import make_sidecars, record_score
+from nla_hub.training.data import TrainingRows, collect, make_labeler, read_rows, write_rows
 from nla_hub.training.recipe import Recipe
 from nla_hub.training.run import RunDirectory, StageDirectory, timed
+from nla_hub.training.splits import UNLABELLED, data_splits, require_dev_held_out, require_held_out, split_documents
+from nla_hub.training.stages import IN_ALL_PROCESSES, Listener, require_stages, stages_of
+from nla_hub.training.state import TrainingState
 from nla_hub.weights import WEIGHTS_NAME
 
 if TYPE_CHECKING:
     from nla_hub.tiny.source import SourceSettings
 
-STAGES = ("source", "data", "ar", "av", "export", "eval")
+WATCH = "watch"
+"""The second AR: its folder in the stage `ar`, and the "model" of its lines in metrics.jsonl."""
 
-SEED_OFFSETS = {"source": 0, "av_sft": 1_000_001, "ar_sft": 2_000_003, "dev": 3_000_017}
-"""Every purpose draws its documents from its own stream of the corpus."""
-
-REFERENCE_NAME = "fve_reference.safetensors"
-"""The mean of the reference's unit vectors, float32 [d], beside each half's weights."""
-
-DEV_DOCUMENTS = 100
-"""Documents of the held-out rows that the stages report on; the evaluation uses others."""
-
-
-SIZES = (
-    "hidden_size",
-    "layers",
-    "heads",
-    "mlp_size",
-    "documents",
-    "steps",
-    "batch_documents",
-    "lr",
-    "tokenizer_documents",
-)
-"""Settings of a source that must be above 0."""
-
-
-def check_recipe(recipe: Recipe) -> None:
-    """Raise for anything in a recipe that only a later stage would stumble over, before anything is written.
-
-    Raises:
-        UnknownNameError: corpus, labeler or protocol. RecipeError: a source that cannot be trained, a layer it lacks.
-    """
-    open_corpus(recipe.data.corpus)
-    registry.labelers.get(recipe.labels.labeler)
-    get_protocol(recipe.eval.protocol)
-    if recipe.base.train is not None:
-        layers = source_settings(recipe).layers
-        if recipe.layer >= layers:
-            raise RecipeError("The source has no such layer.", got=f"layer {recipe.layer}", expected=f"below {layers}")
-
-
-def source_settings(recipe: Recipe) -> SourceSettings:
-    """The settings of a source that a recipe trains; a RecipeError for those that it does not have or cannot use."""
-    from nla_hub.tiny.source import SourceSettings
-
-    try:
-        settings = dataclasses.replace(SourceSettings(), **(recipe.base.train or {}))  # type: ignore[arg-type]
-    except TypeError as cause:
-        known = ", ".join(f.name for f in dataclasses.fields(SourceSettings))
-        raise RecipeError(f"base.train: {cause}", expected=known) from cause
-    faults = [
-        f"base.train.{name}: got {value!r}, expected a value above 0"
-        for name in SIZES
-        if not (value := getattr(settings, name)) > 0
-    ]
-    if not faults and settings.hidden_size % settings.heads:
-        faults.append(f"base.train: hidden_size {settings.hidden_size} is no multiple of heads {settings.heads}")
-    if faults:
-        raise RecipeError("This source cannot be trained.", faults=faults)
-    return settings
-
-
-class Listener(Protocol):
-    """Is told what a run does, as it does it."""
-
-    def stage(self, name: str, *, resumed: bool) -> None:
-        """A stage begins, or was found done."""
-        ...
-
-    def metrics(self, name: str, metrics: dict[str, Any]) -> None:
-        """Figures of a running stage."""
-        ...
-
-    def done(self, name: str, summary: dict[str, Any]) -> None:
-        """A stage is done."""
-        ...
+WATCH_SEED_OFFSET = 1
+"""What the second AR's seed, the order of its rows, differs by."""
 
 
 class Pipeline:
     """Runs a recipe in a run directory.
 
-    `max_steps` bounds every supervised stage (a rehearsal).
+    `max_steps` bounds every training stage (a rehearsal); `report_to` names trackers that the rl stage also reports to.
     """
 
-    def __init__(self, recipe: Recipe, run: RunDirectory, listener: Listener, *, max_steps: int | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: RunDirectory,
+        listener: Listener,
+        *,
+        max_steps: int | None = None,
+        report_to: Sequence[str] = (),
+    ) -> None:
         self.recipe = recipe
         self.run = run
+        self.processes = run.processes
         self.listener = listener
         self.max_steps = max_steps
+        self.report_to = tuple(report_to)
         self.options = LoadOptions()
 
-    def execute(self, stages: Sequence[str] = STAGES) -> Path:
-        """Run the stages that are not done yet; returns the directory of the finished pair.
+    def execute(self, stages: Sequence[str] | None = None) -> Path:
+        """Run the stages that are not done yet (None: all); returns the directory of the finished pair.
 
         Raises:
             TrainingError, RunError, CheckpointError and what the stages' parts raise; done stages are kept.
         """
-        actions: dict[str, Callable[[StageDirectory], dict[str, Any]]] = {
-            "source": self._source,
-            "data": self._data,
-            "ar": self._ar,
-            "av": self._av,
-            "export": self._export,
-            "eval": self._eval,
-        }
-        for name in stages:
-            if name not in actions:
-                raise InputError("There is no such stage.", got=repr(name), expected=", ".join(STAGES))
-        check_recipe(self.recipe)
+        stages = stages_of(self.recipe) if stages is None else stages
+        require_stages(self.recipe, stages)
+        check_recipe(self.recipe, world=self.processes.world)
         with self.run:
             for name in stages:
-                directory = self.run.stage(name)
-                for earlier in STAGES[: STAGES.index(name)]:
-                    if not self.run.stage(earlier).is_done:
-                        raise RunError(
-                            f"The stage {name!r} needs the stage {earlier!r}, which is not done.",
-                            where=self.run.path,
-                            next_step=f"run it first: --stage {earlier}, or leave --stage out",
-                        )
-                if directory.is_done:
-                    self.listener.stage(name, resumed=True)
-                    self.listener.done(name, directory.summary())
-                    continue
-                self.listener.stage(name, resumed=False)
-                directory.begin(self.recipe)
-                summary = timed(lambda action=actions[name], place=directory: action(place))  # type: ignore[misc]
-                directory.finish(summary)
-                self.listener.done(name, summary)
+                self._execute(name)
         return self.pair_directory
+
+    def _execute(self, name: str) -> None:
+        directory = self.run.stage(name)
+        if self.processes.on_main(lambda: self._begin(name, directory)):
+            action: Callable[[StageDirectory], dict[str, Any]] = getattr(self, f"_{name}")
+            if name in IN_ALL_PROCESSES:
+                summary = timed(lambda: action(directory))
+            else:
+                summary = self.processes.on_main(lambda: timed(lambda: action(directory)))
+            self.processes.on_main(lambda: directory.finish(summary))
+        if self.processes.is_main:
+            self.listener.done(name, directory.summary())
+
+    def _begin(self, name: str, directory: StageDirectory) -> bool:
+        """Whether the stage is to run; its directory is ready then."""
+        order = stages_of(self.recipe)
+        for earlier in order[: order.index(name)]:
+            if not self.run.stage(earlier).is_done:
+                raise RunError(
+                    f"The stage {name!r} needs the stage {earlier!r}, which is not done.",
+                    where=self.run.path,
+                    next_step=f"run it first: --stage {earlier}, or leave --stage out",
+                )
+        self.listener.stage(name, resumed=directory.is_done)
+        if directory.is_done:
+            directory.drop_state()
+            return False
+        directory.begin(self.recipe)
+        return True
 
     @property
     def pair_directory(self) -> Path:
         """Where the finished pair lies: `av/`, `ar/` and, if it was trained here, `source/`."""
         return self.run.stage("export").checkpoint
 
-    def _reporter(self, directory: StageDirectory) -> Callable[[dict[str, Any]], None]:
+    def _reporter(self, directory: StageDirectory, **labels: Any) -> Callable[[dict[str, Any]], None]:
         def report(metrics: dict[str, Any]) -> None:
-            directory.log(metrics)
-            self.listener.metrics(directory.path.name, metrics)
+            if self.processes.is_main:
+                directory.log({**labels, **metrics})
+                self.listener.metrics(directory.path.name, {**labels, **metrics})
 
         return report
 
@@ -183,13 +134,10 @@ class Pipeline:
 
     def _source(self, directory: StageDirectory) -> dict[str, Any]:
         if self.recipe.base.train is None:
+            self.base_directory  # noqa: B018  # downloaded here, by one process
             return {"base": self.recipe.base.model, "trained": False}
         from nla_hub.tiny.source import train_source
 
-        if self.recipe.base.model != "tiny-world":
-            raise RecipeError(
-                "Only the tiny world's source can be trained.", got=f"base.model {self.recipe.base.model!r}"
-            )
         settings = self.source_settings()
         report = self._reporter(directory)
         train_source(
@@ -197,6 +145,7 @@ class Pipeline:
             seed=self.recipe.seed,
             settings=settings,
             progress=lambda metrics: report({**metrics, "steps": settings.steps}),
+            state=TrainingState(directory, "source"),
         )
         return {"base": self.base_name, "trained": True, "revision": self._base_digest()}
 
@@ -211,7 +160,7 @@ class Pipeline:
         trained = self.run.stage("source").checkpoint
         if self.recipe.base.train is not None:
             return trained
-        return parse_name(self.recipe.base.model, revision=self.recipe.base.revision).fetch(HubOptions())
+        return zoo_ref(self.recipe.base.model, revision=self.recipe.base.revision).fetch(HubOptions())
 
     @property
     def base_name(self) -> str:
@@ -233,22 +182,17 @@ class Pipeline:
     # -- data ------------------------------------------------------------------------------------------------
 
     def _data(self, directory: StageDirectory) -> dict[str, Any]:
-        corpus = open_corpus(self.recipe.data.corpus)
-        labeler = self._labeler()
+        require_dev_held_out(self.recipe)
+        labeler = make_labeler(self.recipe.labels)
         counts = {}
-        wanted = {"av_sft": self.recipe.av.documents, "ar_sft": self.recipe.ar.documents, "dev": DEV_DOCUMENTS}
-        for split, n in wanted.items():
-            documents = corpus.documents(n, seed=self.recipe.seed + SEED_OFFSETS[split])
-            rows = collect(self.source, self.recipe, documents, labeler, prefix=split)
+        for split, n in data_splits(self.recipe).items():
+            documents = split_documents(self.recipe, split, n)
+            answers = None if split in UNLABELLED else labeler
+            rows = collect(self.source, self.recipe, documents, answers, prefix=split)
             write_rows(directory.checkpoint / f"{split}.parquet", rows, meta=self._dataset_meta(split))
             counts[split] = len(rows)
             self.listener.metrics("data", {"split": split, "documents": len(documents), "rows": len(rows)})
         return {"rows": counts}
-
-    def _labeler(self) -> Labeler:
-        spec = self.recipe.labels
-        kind: Any = registry.labelers.get(spec.labeler)
-        return kind() if spec.clauses is None else kind(spec.clauses)  # type: ignore[no-any-return]
 
     def _dataset_meta(self, split: str) -> dict[str, Any]:
         return {
@@ -267,66 +211,45 @@ class Pipeline:
         """The rows of a split, from disk."""
         return read_rows(self.run.stage("data").checkpoint / f"{split}.parquet")
 
-    # -- the contract of the pair ----------------------------------------------------------------------------
-
     @cached_property
     def sidecars(self) -> tuple[Sidecar, Sidecar]:
-        """Sidecars of AV and AR: ids measured on the tokenizer, injection scale on the training vectors."""
-        tokenizer = self.source.tokenizer
-        marker = self.recipe.marker
-        alone = tokenizer(marker, add_special_tokens=False)["input_ids"]
-        if len(alone) != 1:
-            raise RecipeError(
-                "The marker must be one token of this tokenizer.",
-                got=f"{marker!r} is {len(alone)} tokens",
-                next_step="choose a single rare character that is one token (nla-hub recipes show tiny has an example)",
-            )
-        unchecked = Sidecar(
-            role="av",
-            d_model=self.source.loaded.d_model,
-            site=Site(self.recipe.layer),
-            marker=MarkerTokens(marker, alone[0], -1, -1),
-            av_template=self.recipe.prompts.av,
-            ar_template=self.recipe.prompts.ar,
-            ar_suffix_ids=_suffix_ids(tokenizer, self.recipe.prompts.ar),
-            injection=Injection(self.recipe.injection.kind, self._injection_scale()),
-            base_model=self.base_name,
-            source_revision=self._base_digest(),
+        """Sidecars of AV and AR after the supervised stages."""
+        return make_sidecars(
+            self.recipe,
+            self.source,
+            self.rows("av_sft").vectors,
+            base_name=self.base_name,
+            revision=self._base_digest(),
         )
-        ids = tokenizer(render_av_prompt(tokenizer, unchecked), add_special_tokens=False)["input_ids"]
-        if ids.count(alone[0]) != 1:
-            raise RecipeError("The AV prompt must hold the marker once.", got=f"{ids.count(alone[0])} times")
-        at = ids.index(alone[0])
-        av = unchecked.with_(marker=MarkerTokens(marker, alone[0], ids[at - 1], ids[at + 1]), stage="av_sft")
-        return av, av.with_(role="ar", stage="ar_sft", final_norm_stripped=True)
-
-    def _injection_scale(self) -> float | None:
-        spec = self.recipe.injection
-        if spec.kind == "add":
-            return None
-        if not isinstance(spec.scale, str):
-            return spec.scale
-        # About the 75th percentile of the raw norms at layer K, rounded (the reference's recipe): three figures.
-        return float(f"{float(torch.quantile(norms(self.rows('av_sft').vectors), 0.75)):.3g}")
 
     # -- the halves ------------------------------------------------------------------------------------------
 
     def _ar(self, directory: StageDirectory) -> dict[str, Any]:
-        torch.manual_seed(self.recipe.seed)
+        summary = self._regression(directory, directory.checkpoint, None)
+        if self.recipe.rl is not None and self.recipe.rl.watch_ar:
+            summary[WATCH] = self._regression(directory, directory.path / WATCH, WATCH)
+        return summary
+
+    def _regression(self, directory: StageDirectory, place: Path, model_name: str | None) -> dict[str, Any]:
+        """Train one AR and write it to `place`."""
+        seed = self.recipe.seed + (0 if model_name is None else WATCH_SEED_OFFSET)
+        torch.manual_seed(seed)
         _, sidecar = self.sidecars
-        prompt = ARPrompt.build(self.source.tokenizer, sidecar)
         model = init_ar(self.source.loaded.adapter, self.source.loaded.model)
         result = train_ar(
             model,
-            prompt,
+            ARPrompt.build(self.source.tokenizer, sidecar),
             self.rows("ar_sft"),
             self.recipe.ar,
-            seed=self.recipe.seed,
-            report=self._reporter(directory),
+            seed=seed,
+            report=self._reporter(directory, **({} if model_name is None else {"model": model_name})),
             held_out=self.rows("dev"),
             max_steps=self.max_steps,
+            state=TrainingState(directory, model_name or "ar", model_name, self.processes),
         )
-        save_ar(directory.checkpoint, model.trunk, model.head, self.source.tokenizer, sidecar, dtype=torch.float32)
+        self.processes.on_main(
+            lambda: save_ar(place, model.trunk, model.head, self.source.tokenizer, sidecar, dtype=torch.float32)
+        )
         return dataclasses.asdict(result)
 
     def _av(self, directory: StageDirectory) -> dict[str, Any]:
@@ -346,21 +269,58 @@ class Pipeline:
             report=self._reporter(directory),
             held_out=self.rows("dev"),
             max_steps=self.max_steps,
+            state=TrainingState(directory, "av", processes=self.processes),
         )
-        save_av(directory.checkpoint, loaded.model, tokenizer, sidecar, dtype=torch.float32)
+        self.processes.on_main(
+            lambda: save_av(directory.checkpoint, loaded.model, tokenizer, sidecar, dtype=torch.float32)
+        )
         return dataclasses.asdict(result)
+
+    def _rl(self, directory: StageDirectory) -> dict[str, Any]:
+        from nla_hub.training.rl import train_rl
+
+        torch.manual_seed(self.recipe.seed)
+        watch = self.run.stage("ar").path / WATCH
+        av, ar = (sidecar.with_(stage="rl") for sidecar in self.sidecars)
+        summary: dict[str, Any] = train_rl(
+            recipe=self.recipe,
+            run_stage=directory,
+            source=self.source,
+            base_directory=self.base_directory,
+            sidecars=(av, ar),
+            av_directory=self.run.stage("av").checkpoint,
+            ar_directory=self.run.stage("ar").checkpoint,
+            watch_directory=watch if self.recipe.rl is not None and self.recipe.rl.watch_ar else None,
+            rows=self.rows("rl"),
+            label_rows=self.rows("ar_sft"),
+            dev_rows=self.rows("dev"),
+            report=self._reporter(directory),
+            report_to=self.report_to,
+            max_steps=self.max_steps,
+        )
+        return summary
 
     # -- the finished pair -----------------------------------------------------------------------------------
 
     def _export(self, directory: StageDirectory) -> dict[str, Any]:
         dtype, head_dtype = (getattr(torch, name) for name in (self.recipe.export.dtype, self.recipe.export.head_dtype))
         place = directory.checkpoint
-        av = load_causal_lm(self.run.stage("av").checkpoint, self.options)
+        trained: dict[str, Any] = {
+            "recipe": self.recipe.name,
+            "recipe_hash": self.recipe.digest(),
+            "seed": self.recipe.seed,
+        }
         av_sidecar, ar_sidecar = self.sidecars
-        trained = {"recipe": self.recipe.name, "recipe_hash": self.recipe.digest(), "seed": self.recipe.seed}
+        av_place, ar_place = (self.run.stage(name).checkpoint for name in ("av", "ar"))
+        if self.recipe.rl is not None:
+            rl = self.run.stage("rl")
+            trained["rl_steps"] = rl.summary().get("steps", self.recipe.rl.steps)
+            av_sidecar, ar_sidecar = av_sidecar.with_(stage="rl"), ar_sidecar.with_(stage="rl")
+            av_place, ar_place = rl.checkpoint / "av", rl.checkpoint / "ar"
         extra = {"training": trained, "created_by": "nla-hub"}
+        av = load_causal_lm(av_place, self.options)
         save_av(place / "av", av.model, self.source.tokenizer, av_sidecar.with_(extra=extra), dtype=dtype)
-        ar, head = load_ar(self.run.stage("ar").checkpoint, ar_sidecar, self.options)
+        ar, head = load_ar(ar_place, ar_sidecar, self.options)
         save_ar(
             place / "ar",
             ar.model,
@@ -384,26 +344,13 @@ class Pipeline:
             **self._eval_size(),
             progress=lambda what, done, total: self.listener.metrics("eval", {"what": what, "done": done, "of": total}),
         )
-        shared = self._require_no_leak(nla, result)
+        tokenizer, limit = source_tokenizer(nla)
+        measured = {row.document.text: row.document.content for row in base_rows(tokenizer, result.protocol, limit)}
+        shared = require_held_out(self.recipe, list(measured.values()))
         record_score(self.pair_directory, nla, result)
         yaml_io.write_text(directory.path / "result.json", json.dumps(result.to_dict(), indent=1) + "\n")
         figures = {name: value for name, value in result.figures().items() if value is not None}
         return {**figures, "evaluation_documents_trained_on": shared}
-
-    def _require_no_leak(self, nla: NLA, result: EvalResult) -> int:
-        """How many evaluation documents stand verbatim in what this run trained on; an InputError from 0.5 % up."""
-        tokenizer, limit = source_tokenizer(nla)
-        held_out = {row.document.text: row.document.content for row in base_rows(tokenizer, result.protocol, limit)}
-        corpus = open_corpus(self.recipe.data.corpus)
-        sizes = {"av_sft": self.recipe.av.documents, "ar_sft": self.recipe.ar.documents}
-        if self.recipe.base.train is not None:
-            sizes["source"] = self.source_settings().documents
-        trained_on = (
-            document.content
-            for split, n in sizes.items()
-            for document in corpus.documents(n, seed=self.recipe.seed + SEED_OFFSETS[split])
-        )
-        return require_disjoint(list(held_out.values()), trained_on)
 
     def _eval_size(self) -> dict[str, Any]:
         documents = self.recipe.eval.documents
@@ -412,43 +359,6 @@ class Pipeline:
     def _exported_base(self) -> Path:
         exported = self.pair_directory / "source"
         return exported if exported.is_dir() else self.base_directory
-
-
-def record_score(pair: Path, nla: NLA, result: EvalResult) -> None:
-    """Write a result's FVE, its reference and the reference's mean vector into both halves of a pair."""
-    if result.reference is None or result.fve.value is None:
-        return  # a rehearsal has too few rows to measure anything
-    score = Score(
-        value=round(result.fve.value, 4),
-        baseline=result.fve.baseline,
-        dataset=result.fve.dataset,
-        n=result.fve.n,
-        cosine=None if result.real.cosine is None else round(result.real.cosine, 4),
-        protocol=result.protocol.name,
-        commit=result.commit,
-    )
-    record = ReferenceRecord(**vars(result.reference))
-    tokenizer, limit = source_tokenizer(nla)
-    rows = base_rows(tokenizer, result.protocol, limit)
-    mean = unit(capture_rows(nla, rows).vectors).mean(dim=0).float()
-    for half in ("av", "ar"):
-        sidecar = Sidecar.read(pair / half)
-        sidecar.with_(fve=score, fve_reference=record).write(pair / half)
-        save_file({"mean": mean}, pair / half / REFERENCE_NAME, metadata={"format": "pt", "dataset": record.dataset})
-
-
-def _suffix_ids(tokenizer: Any, template: str) -> tuple[int, ...]:
-    """The ids that end every AR prompt, whatever the explanation: the longest common tail over two texts."""
-    tails = [
-        tokenizer(template.replace(EXPLANATION_PLACEHOLDER, text), add_special_tokens=True)["input_ids"]
-        for text in ("one thing", "several other words.")
-    ]
-    common: list[int] = []
-    for a, b in zip(reversed(tails[0]), reversed(tails[1]), strict=False):
-        if a != b:
-            break
-        common.insert(0, int(a))
-    return tuple(common)
 
 
 def _bytes(directory: Path) -> int:

@@ -76,10 +76,20 @@ class DataSpec:
 
 @dataclass(frozen=True)
 class LabelSpec:
-    """Who writes the warm-start labels; `clauses` restricts the tiny world's labels to some of their clauses."""
+    """Who writes the warm-start labels.
+
+    The tiny world's labels can be made to tell only part of what is known: `clauses` keeps some kinds of clauses, `share`
+    keeps each clause of each label with this probability.
+    """
 
     labeler: str
     clauses: tuple[str, ...] | None = None
+    share: float | None = None
+
+    def faults(self) -> Iterator[str]:
+        """A share that is none."""
+        if self.share is not None and not 0 < self.share <= 1:
+            yield f"share: got {self.share}, expected more than 0 and at most 1"
 
 
 @dataclass(frozen=True)
@@ -107,6 +117,127 @@ class StageSpec:
         for name in ("warmup", "final_lr", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 yield f"{name}: got {getattr(self, name)}, expected 0 or more and less than 1"
+
+
+@dataclass(frozen=True)
+class RewardSpec:
+    """What an explanation is paid, before the group's mean is taken off.
+
+    `kind` is minus the direction mse of the live AR (the released code's default) or minus its logarithm (the paper's);
+    anything but a usable explanation gets the value of an orthogonal vector. `length_penalty` is taken off for every new
+    token, `repetition_penalty` times the share of word pairs that stand there a second time. `contrastive` pays the
+    log-probability, at `contrastive_temperature`, of this explanation against those of other vectors for this vector.
+    """
+
+    kind: Literal["neg_mse", "neg_log_mse"] = "neg_mse"
+    length_penalty: float = 0.0
+    repetition_penalty: float = 0.0
+    contrastive: float = 0.0
+    contrastive_temperature: float = 0.1
+
+    def faults(self) -> Iterator[str]:
+        """Weights below zero."""
+        for name in ("length_penalty", "repetition_penalty", "contrastive"):
+            if not getattr(self, name) >= 0:
+                yield f"{name}: got {getattr(self, name)}, expected 0 or more"
+        if not self.contrastive_temperature > 0:
+            yield f"contrastive_temperature: got {self.contrastive_temperature}, expected a value above 0"
+
+
+@dataclass(frozen=True)
+class LoRASpec:
+    """Low-rank adapters instead of full weights for the AV; `targets` as peft's `target_modules`."""
+
+    r: int = 64
+    alpha: int = 128
+    targets: str | tuple[str, ...] = "all-linear"
+
+    def faults(self) -> Iterator[str]:
+        """Ranks that are none, and the one module that the log-probabilities go around."""
+        for name in ("r", "alpha"):
+            if getattr(self, name) < 1:
+                yield f"{name}: got {getattr(self, name)}, expected 1 or more"
+        if "lm_head" in self.targets:
+            yield "targets: lm_head cannot carry an adapter, its log-probabilities are computed from the weight itself"
+
+
+@dataclass(frozen=True)
+class RLSpec:
+    """The joint stage: the AV by GRPO with the live AR's error as reward, the AR by regression on the same samples.
+
+    A step is one generation of `prompts` x `group` samples followed by `updates` x `iterations` optimizer steps of the AV
+    (1 x 1: strictly on-policy) and one of the AR. Both learning rates rise linearly over `warmup` steps and fall on a
+    cosine to `final_lr` times the peak (1: constant).
+
+    Attributes:
+        documents: drawn for this stage alone; each gives `data.positions` vectors, each used once before any is again.
+        beta: coefficient of the KL divergence to the AV that the stage started from.
+        micro_batch: sequences a forward pass of one process.
+        rollout_block: rows that the sampler runs together; part of the result, because sums depend on the batch.
+        ar_warmup: first steps in which only the AR learns, from samples of the AV as it is.
+        label_share: label rows that the AR sees beside its samples, as a share of them.
+        watch_ar: train a second AR on the same samples that never pays anything, to see whether the first is being gamed.
+        evaluate_every, evaluate_rows: the greedy measurement on held-out rows of the training stream.
+        precision_drop: stop once the facts' mean precision on these rows has fallen this far below its best (tiny world).
+        checkpoint_every: steps between checkpoints that a killed run continues from.
+    """
+
+    documents: int
+    steps: int
+    lr: float
+    ar_lr: float
+    prompts: int = 64
+    group: int = 8
+    beta: float = 0.01
+    temperature: float = 1.0
+    max_new_tokens: int = 150
+    updates: int = 1
+    iterations: int = 1
+    micro_batch: int = 64
+    rollout_block: int = 256
+    loss: Literal["grpo", "dapo", "dr_grpo"] = "dapo"
+    warmup: int = 0
+    final_lr: float = 1.0
+    weight_decay: float = 0.0
+    beta2: float = 0.95
+    clip: float = 1.0
+    ar_warmup: int = 0
+    label_share: float = 0.0
+    watch_ar: bool = True
+    evaluate_every: int = 10
+    evaluate_rows: int = 400
+    precision_drop: float | None = None
+    checkpoint_every: int = 10
+    gradient_checkpointing: bool = False
+    reward: RewardSpec = field(default_factory=RewardSpec)
+    lora: LoRASpec | None = None
+
+    @property
+    def samples(self) -> int:
+        """Samples of a step, over all processes."""
+        return self.prompts * self.group
+
+    def faults(self) -> Iterator[str]:
+        """Numbers that no training can use, and sizes that do not divide each other."""
+        positive = ("documents", "steps", "prompts", "temperature", "max_new_tokens", "updates", "iterations",
+                    "micro_batch", "rollout_block", "clip", "evaluate_every", "evaluate_rows", "checkpoint_every")  # fmt: skip
+        for name in positive:
+            if not getattr(self, name) > 0:
+                yield f"{name}: got {getattr(self, name)}, expected a value above 0"
+        for name in ("lr", "ar_lr", "beta", "warmup", "weight_decay", "ar_warmup", "label_share"):
+            if not getattr(self, name) >= 0:
+                yield f"{name}: got {getattr(self, name)}, expected 0 or more"
+        if self.group < 2:
+            yield f"group: got {self.group}, expected 2 or more: advantages are differences within a group"
+        if not 0 <= self.beta2 < 1:
+            yield f"beta2: got {self.beta2}, expected 0 or more and less than 1"
+        if not 0 <= self.final_lr <= 1:
+            yield f"final_lr: got {self.final_lr}, expected 0 to 1"
+        if self.updates > 0 and self.micro_batch > 0 and self.samples % (self.micro_batch * self.updates):
+            yield (
+                f"micro_batch: prompts x group = {self.samples} samples are no multiple of micro_batch x updates = "
+                f"{self.micro_batch} x {self.updates}"
+            )
 
 
 @dataclass(frozen=True)
@@ -140,6 +271,7 @@ class Recipe:
     ar: StageSpec
     av: StageSpec
     eval: EvalSpec
+    rl: RLSpec | None = None
     injection: InjectionSpec = field(default_factory=InjectionSpec)
     export: ExportSpec = field(default_factory=ExportSpec)
     seed: int = 0

@@ -1,25 +1,29 @@
 """A run directory: one folder a stage, each with its configuration, metrics, results and a DONE that is written last.
 
 `runs/RECIPE-HASH/` unless another place is named. The same command continues where it stopped; a changed configuration in
-the same place is refused with the differences.
+the same place is refused with the differences. Of several processes the main one alone writes here.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from nla_hub import yaml_io
 from nla_hub.errors import RunError
+from nla_hub.log import logger
+from nla_hub.training.processes import Processes
 from nla_hub.training.recipe import Recipe
 
-CONFIG, METRICS, DONE, LOCK = "config.yaml", "metrics.jsonl", "DONE", ".lock"
+CONFIG, METRICS, DONE, LOCK, STATE = "config.yaml", "metrics.jsonl", "DONE", ".lock", "state"
 
 
 @dataclass(frozen=True)
@@ -38,21 +42,55 @@ class StageDirectory:
         """Where the stage's result lies."""
         return self.path / "checkpoint"
 
+    @property
+    def state(self) -> Path:
+        """Where a stage keeps what it continues from when it was killed; gone once the stage is done."""
+        return self.path / STATE
+
     def begin(self, recipe: Recipe) -> None:
-        """Start the stage from nothing: what an interrupted attempt left is removed."""
-        if self.path.exists():
-            shutil.rmtree(self.path)
+        """Start the stage: what an interrupted attempt left is removed.
+
+        Where it left a `state/` of the same configuration, that and its .jsonl files stay; whoever continues from the
+        state cuts them back to it (`cut_metrics`).
+        """
+        config = self.path / CONFIG
+        if self.state.is_dir() and config.is_file() and yaml_io.read(config, error=RunError) == recipe.to_mapping():
+            for path in self.path.iterdir():
+                if path.name not in (CONFIG, STATE) and path.suffix != ".jsonl":
+                    _remove(path)
+            return
+        _remove(self.path)
         self.path.mkdir(parents=True)
-        yaml_io.write_text(self.path / CONFIG, yaml_io.dumps(recipe.to_mapping()))
+        yaml_io.write_text(config, yaml_io.dumps(recipe.to_mapping()))
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
         with (self.path / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(dict(metrics)) + "\n")
 
+    def cut_metrics(self, step: int, *, model: str | None = None, name: str = METRICS) -> None:
+        """Drop the lines about what comes after `step` steps: a continued stage writes them again.
+
+        Args:
+            model: only lines with this "model" (None: those without one) are dropped; the others stay.
+            name: another file of the stage with a JSON object with a `step` a line.
+        """
+        path = self.path / name
+        if not path.is_file():
+            return
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if _stays(line, step, model)]
+        if kept != lines:
+            yaml_io.write_text(path, "".join(kept))
+
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Mark the stage done; its summary is the content of DONE."""
+        """Mark the stage done; its summary is the content of DONE. Nothing is kept to continue from."""
         yaml_io.write_text(self.path / DONE, json.dumps(dict(summary), indent=1) + "\n")
+        self.drop_state()
+
+    def drop_state(self) -> None:
+        """Remove what only an unfinished stage needs."""
+        _remove(self.state)
 
     def summary(self) -> dict[str, Any]:
         """What `finish` wrote."""
@@ -67,11 +105,18 @@ class RunDirectory:
         RunError: the place holds something else, a run of another configuration, or is in use.
     """
 
-    def __init__(self, path: Path, recipe: Recipe, *, rehearsal: bool = False) -> None:
-        wanted = {**recipe.to_mapping(), **({"rehearsal": True} if rehearsal else {})}
+    def __init__(
+        self, path: Path, recipe: Recipe, *, rehearsal: bool = False, processes: Processes | None = None
+    ) -> None:
         self.path = path
         self.recipe = recipe
-        config = path / CONFIG
+        self.processes = processes or Processes()
+        wanted = {**recipe.to_mapping(), **({"rehearsal": True} if rehearsal else {})}
+        self.processes.on_main(lambda: self._claim(wanted))
+        self._lock: int | None = None
+
+    def _claim(self, wanted: dict[str, Any]) -> None:
+        path, config = self.path, self.path / CONFIG
         if path.exists() and not path.is_dir():
             raise RunError("A file is in the way of this run.", where=path, next_step="name another place with -o")
         if config.is_file():
@@ -83,7 +128,7 @@ class RunDirectory:
                     faults=differences,
                     next_step="name another place with -o, or repeat the settings it was started with",
                 )
-        elif path.is_dir() and any(path.iterdir()):
+        elif path.is_dir() and any(not p.name.startswith(f".{CONFIG}.") for p in path.iterdir()):
             raise RunError(
                 "This directory holds something else than a run.", where=path, next_step="name an empty or new one"
             )
@@ -99,37 +144,61 @@ class RunDirectory:
         return StageDirectory(self.path / name)
 
     def __enter__(self) -> RunDirectory:
-        lock = self.path / LOCK
-        owner = _lock_owner(lock)
-        if owner is not None:
-            raise RunError(
-                f"Another process ({owner}) is working in this run.",
-                where=self.path,
-                next_step=f"wait for it; if it is gone for sure, remove {lock}",
-            )
-        lock.unlink(missing_ok=True)  # its owner is gone
-        try:
-            handle = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-        except FileExistsError as cause:
-            raise RunError(
-                "Another process has just begun to work in this run.", where=self.path, next_step="wait for it"
-            ) from cause
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(f"{os.getpid()}\n")
+        self.processes.on_main(self._take_lock)
         return self
 
     def __exit__(self, *_: object) -> None:
-        (self.path / LOCK).unlink(missing_ok=True)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _take_lock(self) -> None:
+        # The system gives a lock back when its owner ends, however it ends: no file has to be believed or removed.
+        lock = self.path / LOCK
+        handle = os.open(lock, os.O_CREAT | os.O_RDWR, 0o644)
+        if not _locked(handle):
+            owner = lock.read_text(encoding="utf-8").strip()
+            os.close(handle)
+            raise RunError(
+                f"Another process ({owner or 'just started'}) is working in this run.",
+                where=self.path,
+                next_step="wait for it, or end it",
+            )
+        os.truncate(handle, 0)
+        os.write(handle, f"{os.getpid()} on {platform.node()}\n".encode())
+        self._lock = handle
 
 
-def _lock_owner(lock: Path) -> int | None:
-    """The living process of this machine that holds a lock, None where there is none (a dead owner's lock is stale)."""
+def _locked(handle: int) -> bool:
+    """Lock an open file; False where another process holds it. Where the system cannot lock files, all is well."""
     try:
-        pid = int(lock.read_text(encoding="utf-8"))
-        os.kill(pid, 0)
-    except (OSError, ValueError) as error:
-        return pid if isinstance(error, PermissionError) else None
-    return pid if pid != os.getpid() else None
+        fcntl = import_module("fcntl")
+    except ImportError:  # Windows
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as cause:  # some network file systems
+        logger.warning("this file system has no locks (%s): nothing keeps a second process out", cause.strerror)
+    return True
+
+
+def _stays(line: str, step: int, model: str | None) -> bool:
+    """Whether a line of metrics.jsonl stays when the lines of `model` after `step` are dropped."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return False  # half a line: its writer was killed
+    return bool(found.get("model") != model or found.get("step", 0) <= step)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a directory, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:

@@ -1,0 +1,110 @@
+"""What is refused before anything is written: settings that only a later stage would stumble over."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from nla_hub.errors import InputError, MissingExtraError, RecipeError
+from nla_hub.evaluation import get_protocol
+from nla_hub.training.data import make_labeler, open_corpus
+from nla_hub.training.recipe import Recipe, RLSpec
+
+if TYPE_CHECKING:
+    from nla_hub.tiny.source import SourceSettings
+
+TINY_WORLD = "tiny-world"
+
+RL_PACKAGES = ("trl", "peft", "datasets")
+"""Of the extra `train`: what the rl stage imports."""
+
+REPORTERS = {"trackio": "'nla-hub[log]'", "tensorboard": "'nla-hub[log]'", "wandb": "wandb"}
+"""Where the rl stage can send its figures, and what to install for it."""
+
+SIZES = (
+    "hidden_size",
+    "layers",
+    "heads",
+    "mlp_size",
+    "documents",
+    "steps",
+    "batch_documents",
+    "lr",
+    "tokenizer_documents",
+)
+"""Settings of a source that must be above 0."""
+
+
+def check_recipe(recipe: Recipe, *, world: int = 1) -> None:
+    """Raise for anything in a recipe that only a later stage would stumble over; `world` processes are to run it.
+
+    Raises:
+        UnknownNameError: corpus, labeler or protocol. MissingExtraError: a package that the rl stage needs.
+        RecipeError: a source that cannot be trained, a layer it lacks, sizes that do not fit together.
+    """
+    open_corpus(recipe.data.corpus)
+    make_labeler(recipe.labels)
+    get_protocol(recipe.eval.protocol)
+    if recipe.base.train is not None:
+        if recipe.base.model != TINY_WORLD:
+            raise RecipeError("Only the tiny world's source can be trained.", got=f"base.model {recipe.base.model!r}")
+        layers = source_settings(recipe).layers
+        if recipe.layer >= layers:
+            raise RecipeError("The source has no such layer.", got=f"layer {recipe.layer}", expected=f"below {layers}")
+    if recipe.rl is not None:
+        for package in RL_PACKAGES:
+            if find_spec(package) is None:
+                raise MissingExtraError(package, "train", needed_for="The rl stage of this recipe")
+        if faults := list(_rl_faults(recipe, recipe.rl, world)):
+            raise RecipeError("The rl stage cannot run like this.", faults=faults)
+
+
+def _rl_faults(recipe: Recipe, rl: RLSpec, world: int) -> Iterator[str]:
+    together = rl.micro_batch * rl.updates * world
+    if rl.samples % together:
+        yield (
+            f"rl.micro_batch: prompts x group = {rl.samples} samples are no multiple of micro_batch x updates x processes "
+            f"= {rl.micro_batch} x {rl.updates} x {world}"
+        )
+    vectors = rl.documents * recipe.data.positions
+    if vectors < rl.prompts:
+        yield f"rl.documents: {rl.documents} documents give {vectors} vectors, fewer than rl.prompts = {rl.prompts}"
+    if rl.precision_drop is not None and recipe.data.corpus != TINY_WORLD:
+        yield f"rl.precision_drop: the facts of the corpus {recipe.data.corpus!r} are not known, only {TINY_WORLD}'s are"
+
+
+def check_reporters(names: Sequence[str]) -> None:
+    """Raise an InputError for what the rl stage cannot report to: an unknown name, or a package that is absent."""
+    for name in names:
+        if name not in REPORTERS:
+            raise InputError(
+                "There is nothing of that name to report to.", got=repr(name), expected=", ".join(REPORTERS)
+            )
+        if find_spec(name) is None:
+            raise InputError(
+                f"Reporting to {name} needs the package {name!r}, which is not installed.",
+                next_step=f"pip install {REPORTERS[name]}",
+            )
+
+
+def source_settings(recipe: Recipe) -> SourceSettings:
+    """The settings of a source that a recipe trains; a RecipeError for those that it does not have or cannot use."""
+    from nla_hub.tiny.source import SourceSettings
+
+    try:
+        settings = dataclasses.replace(SourceSettings(), **(recipe.base.train or {}))  # type: ignore[arg-type]
+    except TypeError as cause:
+        known = ", ".join(f.name for f in dataclasses.fields(SourceSettings))
+        raise RecipeError(f"base.train: {cause}", expected=known) from cause
+    faults = [
+        f"base.train.{name}: got {value!r}, expected a value above 0"
+        for name in SIZES
+        if not (value := getattr(settings, name)) > 0
+    ]
+    if not faults and settings.hidden_size % settings.heads:
+        faults.append(f"base.train: hidden_size {settings.hidden_size} is no multiple of heads {settings.heads}")
+    if faults:
+        raise RecipeError("This source cannot be trained.", faults=faults)
+    return settings

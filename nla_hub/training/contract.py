@@ -1,0 +1,106 @@
+"""The contract of a pair in the making: its sidecars, measured on the tokenizer and the vectors, and its score."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nla_hub.errors import RecipeError
+from nla_hub.evaluation import EvalResult
+from nla_hub.evaluation.tiny_rows import base_rows, capture_rows, source_tokenizer
+from nla_hub.geometry import norms, unit
+from nla_hub.nla import NLA, Source
+from nla_hub.prompts import render_av_prompt
+from nla_hub.sidecar import EXPLANATION_PLACEHOLDER, Injection, MarkerTokens, ReferenceRecord, Score, Sidecar, Site
+from nla_hub.training.recipe import InjectionSpec, Recipe
+
+REFERENCE_NAME = "fve_reference.safetensors"
+"""The mean of the reference's unit vectors, float32 [d], beside each half's weights."""
+
+
+def make_sidecars(
+    recipe: Recipe, source: Source, vectors: Tensor, *, base_name: str, revision: str | None
+) -> tuple[Sidecar, Sidecar]:
+    """Sidecars of AV and AR: ids measured on the tokenizer, injection scale on training vectors float32 [N, d].
+
+    Raises:
+        RecipeError: a marker that is not one token, or does not stand in the AV prompt once.
+    """
+    tokenizer, marker = source.tokenizer, recipe.marker
+    alone = tokenizer(marker, add_special_tokens=False)["input_ids"]
+    if len(alone) != 1:
+        raise RecipeError(
+            "The marker must be one token of this tokenizer.",
+            got=f"{marker!r} is {len(alone)} tokens",
+            next_step="choose a single rare character that is one token (nla-hub recipes show tiny has an example)",
+        )
+    unchecked = Sidecar(
+        role="av",
+        d_model=source.loaded.d_model,
+        site=Site(recipe.layer),
+        marker=MarkerTokens(marker, alone[0], -1, -1),
+        av_template=recipe.prompts.av,
+        ar_template=recipe.prompts.ar,
+        ar_suffix_ids=suffix_ids(tokenizer, recipe.prompts.ar),
+        injection=Injection(recipe.injection.kind, injection_scale(recipe.injection, vectors)),
+        base_model=base_name,
+        source_revision=revision,
+    )
+    ids = tokenizer(render_av_prompt(tokenizer, unchecked), add_special_tokens=False)["input_ids"]
+    if ids.count(alone[0]) != 1:
+        raise RecipeError("The AV prompt must hold the marker once.", got=f"{ids.count(alone[0])} times")
+    at = ids.index(alone[0])
+    av = unchecked.with_(marker=MarkerTokens(marker, alone[0], ids[at - 1], ids[at + 1]), stage="av_sft")
+    return av, av.with_(role="ar", stage="ar_sft", final_norm_stripped=True)
+
+
+def injection_scale(spec: InjectionSpec, vectors: Tensor) -> float | None:
+    """The L2 norm that injected vectors get, from training vectors float32 [N, d]; None where they keep their own."""
+    if spec.kind == "add":
+        return None
+    if not isinstance(spec.scale, str):
+        return spec.scale
+    # About the 75th percentile of the raw norms at layer K, rounded (the reference's recipe): three figures.
+    return float(f"{float(torch.quantile(norms(vectors), 0.75)):.3g}")
+
+
+def suffix_ids(tokenizer: Any, template: str) -> tuple[int, ...]:
+    """The ids that end every AR prompt, whatever the explanation: the longest common tail over two texts."""
+    tails = [
+        tokenizer(template.replace(EXPLANATION_PLACEHOLDER, text), add_special_tokens=True)["input_ids"]
+        for text in ("one thing", "several other words.")
+    ]
+    common: list[int] = []
+    for a, b in zip(reversed(tails[0]), reversed(tails[1]), strict=False):
+        if a != b:
+            break
+        common.insert(0, int(a))
+    return tuple(common)
+
+
+def record_score(pair: Path, nla: NLA, result: EvalResult) -> None:
+    """Write a result's FVE, its reference and the reference's mean vector into both halves of a pair."""
+    if result.reference is None or result.fve.value is None:
+        return  # a rehearsal has too few rows to measure anything
+    score = Score(
+        value=round(result.fve.value, 4),
+        baseline=result.fve.baseline,
+        dataset=result.fve.dataset,
+        n=result.fve.n,
+        cosine=None if result.real.cosine is None else round(result.real.cosine, 4),
+        protocol=result.protocol.name,
+        commit=result.commit,
+    )
+    record = ReferenceRecord(**vars(result.reference))
+    tokenizer, limit = source_tokenizer(nla)
+    rows = base_rows(tokenizer, result.protocol, limit)
+    mean = unit(capture_rows(nla, rows).vectors).mean(dim=0).float()
+    for half in ("av", "ar"):
+        sidecar = Sidecar.read(pair / half)
+        sidecar.with_(fve=score, fve_reference=record).write(pair / half)
+        # One entry only: safetensors writes several in an order that changes from process to process.
+        save_file({"mean": mean}, pair / half / REFERENCE_NAME, metadata={"dataset": record.dataset})

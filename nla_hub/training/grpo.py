@@ -1,0 +1,404 @@
+"""GRPO on TRL's trainer, with the vector injected wherever the AV is run.
+
+TRL does what TRL is for: group-normalised advantages, the clipped loss, the KL term, accumulation, distribution. Four things
+are ours: the rollouts (our engine, row-keyed draws), the injection around every log-probability pass (policy, old policy
+and reference alike), the reward of the live AR with its own update, and the checks that all of this is really so.
+
+The checks, at every generation:
+
+- the policy that sampled must give each sampled token the log-probability that the sampler gave it. Where TRL keeps no old
+  log-probabilities the first pass before any update stands in; its ratio is 1 by construction and proves nothing;
+- the loss that TRL returns must equal the one computed here from its parts with the recipe's own `beta`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer
+from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import add_fused_lm_head
+
+from nla_hub.checkpoints import LoadedModel
+from nla_hub.engines.base import Engine, LoadedAV
+from nla_hub.engines.transformers import TransformersEngine
+from nla_hub.errors import TrainingError
+from nla_hub.geometry import Reference
+from nla_hub.injection import Injector, find_markers
+from nla_hub.prompts import AVPrompt
+from nla_hub.training.data import TrainingRows
+from nla_hub.training.live_ar import LiveAR, fingerprint, moved
+from nla_hub.training.monitor import LOGPROB_LIMIT
+from nla_hub.training.recipe import RLSpec
+from nla_hub.training.rl_settings import lora_config, policy_rate
+from nla_hub.training.rollouts import Rollout, prompt_order, sample
+from nla_hub.training.scoring import Scoring
+
+DISAGREEMENT_16_BIT = 0.1
+"""Mean |trainer - sampler| log-probability in 16 bit above which a run stops, twice what the monitor warns of: rounding stays
+far below, and a lost vector costs a warm-started AV of a large model 0.2 nats a token. Not measured on a GPU yet."""
+
+LOSS_SCALE = 1e-3
+"""Share of the summands of a loss below which a difference is not looked at more closely."""
+
+
+@contextmanager
+def quiet_about_trl() -> Iterator[None]:
+    """TRL 1.16 uses names that transformers 5.23 is about to drop; its users can do nothing about the warnings."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r".*gradient_checkpointing.*", category=FutureWarning)
+        yield
+
+
+@dataclass
+class Step:
+    """What is known about the current step in this process; `figures` are over all processes."""
+
+    number: int
+    rollout: Rollout
+    before: Tensor
+    figures: dict[str, Any] = field(default_factory=dict)
+    rewards: list[float] = field(default_factory=list)
+    differences: list[Tensor] = field(default_factory=list)
+    ratios: list[Tensor] = field(default_factory=list)
+    loss_difference: float = 0.0
+    kl: list[Tensor] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=lambda: {"rollout": 0.0, "reward": 0.0, "policy": 0.0})
+
+
+class RLTrainer(GRPOTrainer):  # type: ignore[misc]
+    """Trains an AV in place, and with it the live AR and the AR that watches.
+
+    Args:
+        av: the AV that the stage starts from; its model is trained.
+        reference: a frozen copy of its model for the KL term; None with LoRA (the adapter is switched off) or beta 0.
+        args: see `grpo_config`.
+        data: the vectors to explain; labels: rows for the AR beside its samples.
+        ar, watch: the AR that pays, and the one that never does.
+        baseline: reference of the FVE that is reported.
+        seed: of order and samples.
+    """
+
+    def __init__(
+        self,
+        av: LoadedAV,
+        reference: nn.Module | None,
+        args: GRPOConfig,
+        spec: RLSpec,
+        data: TrainingRows,
+        *,
+        make_ar: Callable[[Any], tuple[LiveAR, LiveAR | None]],
+        labels: TrainingRows | None = None,
+        baseline: Reference,
+        seed: int,
+        callbacks: Sequence[Any] = (),
+        make_engine: Callable[[LoadedAV], Engine] = TransformersEngine,
+    ) -> None:
+        from datasets import Dataset
+
+        order = prompt_order(len(data), spec, seed=seed)
+        self.spec, self.data, self.seed = spec, data, seed
+        self.prompt: AVPrompt = av.prompt
+        self.injector: Injector = av.injector
+        self.step: Step | None = None
+        self.skipped, self.in_a_row = 0, 0
+        self._vectors: Tensor | None = None
+        self._logps: Tensor | None = None
+        self._until_backward: ExitStack | None = None
+        with quiet_about_trl():
+            super().__init__(
+                model=av.loaded.model.requires_grad_(True),
+                reward_funcs=self._reward,
+                args=args,
+                train_dataset=Dataset.from_dict({"prompt": [self.prompt.text] * len(order), "row": order}),
+                processing_class=copy.deepcopy(av.tokenizer),  # TRL sets its padding
+                peft_config=lora_config(spec),
+                callbacks=list(callbacks),
+            )
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise TrainingError(
+                "The rl stage runs on one device or several copies (DDP); sharded weights have not been tried.",
+                next_step="launch it without DeepSpeed and FSDP, with rl.lora for a model that does not fit",
+            )
+        self.remove_callback(PrinterCallback)  # the run reports its steps itself
+        self._reference(reference)
+        ar, watch = make_ar(self.accelerator)
+        self.scoring = Scoring(ar, watch, spec, self.accelerator, labels=labels, baseline=baseline, seed=seed)
+        model = self.accelerator.unwrap_model(self.model)
+        inner = model.get_base_model() if spec.lora is not None else model
+        loaded = LoadedModel(inner, av.loaded.adapter, av.loaded.directory)
+        self.engine = make_engine(LoadedAV(loaded, av.tokenizer, av.prompt, av.injector))
+
+    def _reference(self, reference: nn.Module | None) -> None:
+        """The model that KL is measured to: the AV as it was, run through the same injection."""
+        self.beta = self.args.beta = self.spec.beta
+        if self.beta == 0.0 or self.spec.lora is not None:
+            return
+        if reference is None:
+            raise TrainingError("A KL term with full weights needs a frozen copy of the AV.", got="reference=None")
+        reference.requires_grad_(False).eval()
+        add_fused_lm_head(reference, temperature=self.temperature)
+        self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        """As the Trainer's."""
+        with quiet_about_trl():
+            return super().train(*args, **options)
+
+    # -- rollouts --------------------------------------------------------------------------------------------
+
+    @property
+    def per_step(self) -> int:
+        """Optimizer steps of a step."""
+        return self.spec.updates * self.spec.iterations
+
+    def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        return [list(self.prompt.ids) for _ in prompts], None, {}
+
+    def _generate_single_turn(
+        self, prompt_ids: list[list[int]], *_: Any, **__: Any
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        assert self.step is not None
+        completions = self.step.rollout.completions
+        assert len(completions) == len(prompt_ids)
+        return [list(c.ids) for c in completions], [c.logprobs.tolist() for c in completions]
+
+    def _roll_out(self, rows: Sequence[int]) -> Rollout:
+        """Sample in evaluation mode: gradient checkpointing would switch the cache off."""
+        number = int(self.state.global_step) // self.per_step
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            return sample(
+                self.engine,
+                self.data,
+                rows,
+                self.spec,
+                seed=self.seed,
+                step=number,
+                first=self.accelerator.process_index * len(rows),
+            )
+        finally:
+            self.model.train(was_training)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        started = time.perf_counter()
+        rows = [int(x["row"]) for x in inputs]
+        number = int(self.state.global_step) // self.per_step
+        before = fingerprint([p for p in self.model.parameters() if p.requires_grad])
+        self.step = Step(number, self._roll_out(rows), before)
+        self.step.seconds["rollout"] = time.perf_counter() - started
+        self._vectors = self.step.rollout.vectors
+        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        output["vectors"] = self.step.rollout.vectors  # TRL shuffles and splits it with the rest
+        if "old_per_token_logps" in output:
+            self._compare(output["old_per_token_logps"], output)
+        self._vectors = None
+        return output
+
+    # -- log-probabilities -----------------------------------------------------------------------------------
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """As TRL's, with the vectors in: [rows, length] of ids need `self._vectors` [rows, d]."""
+        vectors = self._vectors
+        if vectors is None or len(vectors) != len(input_ids):
+            raise TrainingError(
+                "A log-probability pass without its vectors.",
+                got="none" if vectors is None else f"{len(vectors)} vectors",
+                expected=f"{len(input_ids)} rows",
+            )
+        size = batch_size or len(input_ids)
+        parts = []
+        for begin in range(0, len(input_ids), size):
+            rows = slice(begin, begin + size)
+            prompts = input_ids[rows, : input_ids.shape[1] - logits_to_keep]
+            places = find_markers(prompts, self.injector.marker)
+            with ExitStack() as here:
+                # Gradient checkpointing runs parts of the forward pass again during the backward one, hooks included.
+                stack = self._until_backward if self._until_backward and torch.is_grad_enabled() else here
+                stack.enter_context(self.injector.inject(model, vectors[rows], places))
+                parts.append(
+                    super()._get_per_token_logps_and_entropies(
+                        model, input_ids[rows], attention_mask[rows], logits_to_keep, **options
+                    )
+                )
+        logps = torch.cat([p[0] for p in parts])
+        entropies = None if parts[0][1] is None else torch.cat([p[1] for p in parts])
+        aux = None if parts[0][2] is None else torch.stack([p[2] for p in parts]).mean()
+        self._logps = logps
+        return logps, entropies, aux
+
+    def training_step(self, *args: Any, **options: Any) -> Tensor:
+        """A micro-batch: forward and backward under one injection (before the first of a step, the rollout too)."""
+        started = time.perf_counter()
+        with ExitStack() as self._until_backward:
+            loss: Tensor = super().training_step(*args, **options)
+        self._until_backward = None
+        if self.step is not None:
+            self.step.seconds["policy"] += time.perf_counter() - started
+        return loss
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        assert self.step is not None
+        self._vectors = inputs["vectors"]
+        loss: Tensor = super()._compute_loss(model, inputs)
+        self._vectors = None
+        assert self._logps is not None
+        if "old_per_token_logps" not in inputs:
+            # No optimizer step lies between sampling and this pass, or TRL would have kept the old ones.
+            self._compare(self._logps.detach(), inputs)
+        expected, scale = self._loss_from_parts(self._logps.detach(), inputs)
+        difference = abs(float(loss.detach()) - expected) / scale
+        self.step.loss_difference = max(self.step.loss_difference, difference)
+        return loss
+
+    def _compare(self, logps: Tensor, batch: dict[str, Any]) -> None:
+        """Keep and judge the difference between the trainer's log-probabilities and the sampler's.
+
+        Raises:
+            TrainingError: they are not those of one policy.
+        """
+        assert self.step is not None
+        mask = batch["completion_mask"].bool()
+        gap = (logps - batch["sampling_per_token_logps"])[mask].float().cpu()
+        self.step.differences.append(gap.abs())
+        self.step.ratios.append(gap.exp())
+        wide = self._dtype == torch.float32
+        value = float(gap.abs().max() if wide else gap.abs().mean())
+        limit = LOGPROB_LIMIT if wide else DISAGREEMENT_16_BIT
+        if not value <= limit:
+            raise TrainingError(
+                "The trainer and the sampler do not see the same policy: their log-probabilities of the sampled tokens "
+                "differ.",
+                where=f"step {self.step.number}",
+                got=f"{'largest' if wide else 'mean'} difference {value:.2e}",
+                expected=f"at most {limit:.0e} in {str(self._dtype).removeprefix('torch.')}",
+                next_step="one of the two lost its vectors or has other weights; nothing was learned from these samples",
+            )
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.injector.adapter.embedding_module(self.model).parameters()).dtype
+
+    def _loss_from_parts(self, logps: Tensor, inputs: dict[str, Any]) -> tuple[float, float]:
+        """The loss of a micro-batch by its definition, and what a difference to it is measured in.
+
+        The scale is beta * KL, so that a KL term that was left out is a difference of 1, but no less than `LOSS_SCALE`
+        of all summands' sizes, which float32 cannot tell apart much better.
+
+        Clipped ratio times advantage, plus beta times the estimator exp(r - p) - (r - p) - 1 of the KL divergence
+        (Schulman 2020) weighted by the ratio, over the count that each loss type divides by.
+        """
+        mask = inputs["completion_mask"].to(logps.dtype)
+        advantages = inputs["advantages"][:, None]
+        ratio = (logps - inputs.get("old_per_token_logps", logps)).exp()
+        low, high = 1 - self.epsilon_low, 1 + self.epsilon_high
+        each = -torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
+        kl = torch.zeros_like(each)
+        if "ref_per_token_logps" in inputs:
+            apart = inputs["ref_per_token_logps"] - logps
+            kl = apart.exp() - apart - 1
+            if self.step is not None:
+                self.step.kl.append(kl[mask.bool()].cpu())
+            kl = kl * ratio
+        accumulated = self.current_gradient_accumulation_steps
+
+        def total(x: Tensor) -> float:
+            summed = (x * mask).sum()
+            if self.spec.loss == "grpo":
+                found = ((x * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).mean() / accumulated
+            elif self.spec.loss == "dr_grpo":
+                found = summed / (len(x) * self.spec.max_new_tokens) / accumulated
+            else:
+                window = inputs["num_items_in_batch"] * accumulated / self.args.steps_per_generation
+                found = summed * self.accelerator.num_processes / window
+            return float(found)
+
+        pull = self.spec.beta * total(kl)
+        return total(each + self.spec.beta * kl), max(pull, LOSS_SCALE * (total(each.abs()) + pull), 1e-12)
+
+    # -- reward ----------------------------------------------------------------------------------------------
+
+    def _reward(self, **_: Any) -> list[float]:
+        """The live AR's verdict on the current samples; both ARs learn from the same samples right after it."""
+        assert self.step is not None
+        started = time.perf_counter()
+        rewards, self.step.figures = self.scoring.score(self.step.rollout, self.step.number)
+        self.step.seconds["reward"] = time.perf_counter() - started
+        return [float(r) for r in rewards]
+
+    # -- optimizer and checkpoints ---------------------------------------------------------------------------
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The recipe's schedule, in steps rather than optimizer steps."""
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer or self.optimizer, lambda done: policy_rate(done // self.per_step, self.spec)
+        )
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _clip_grad_norm(self, model: Any) -> Tensor:
+        """Clip; a gradient that is not finite is dropped and counted: AdamW leaves weights without gradient alone."""
+        norm: Tensor = super()._clip_grad_norm(model)
+        if math.isfinite(float(norm)):
+            self.in_a_row = 0
+        else:
+            self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+            model.zero_grad(set_to_none=True)
+        return norm
+
+    def finished_step(self) -> dict[str, Any]:
+        """The figures of the step whose last optimizer step was just made, over all processes."""
+        step = self.step
+        assert step is not None
+        after = fingerprint([p for p in self.model.parameters() if p.requires_grad])
+        step.seconds["policy"] -= step.seconds["rollout"] + step.seconds["reward"]
+        gaps, ratios = torch.cat(step.differences), torch.cat(step.ratios)
+        kl = torch.cat(step.kl) if step.kl else torch.empty(0)
+        device = self.accelerator.device
+        local = [gaps.double().sum(), ratios.double().sum(), len(gaps), kl.double().sum(), len(kl)]
+        sums = torch.tensor([float(x) for x in local], dtype=torch.float64, device=device)
+        extremes = torch.tensor(
+            [float(gaps.max()), float(ratios.max()), -float(ratios.min()), step.loss_difference], device=device
+        )
+        gap_sum, ratio_sum, n, kl_sum, kl_n = self.accelerator.reduce(sums, reduction="sum").tolist()
+        largest, ratio_max, ratio_min, loss_difference = (
+            self.accelerator.gather(extremes).reshape(-1, len(extremes)).amax(dim=0).tolist()
+        )
+        return {
+            **step.figures,
+            "kl": kl_sum / kl_n if kl_n else None,
+            "logprob_difference": largest,
+            "logprob_difference_mean": gap_sum / n,
+            "ratio": ratio_sum / n,
+            "ratio_min": -ratio_min,
+            "ratio_max": ratio_max,
+            "loss_difference": loss_difference,
+            "policy_update": moved(step.before, after),
+            "beta": self.spec.beta,
+            "dtype": str(self._dtype).removeprefix("torch."),
+            "skipped": self.skipped + self.scoring.skipped,
+            "in_a_row": self.in_a_row,
+            **{f"seconds_{name}": round(value, 3) for name, value in step.seconds.items()},
+        }
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Trainer's own checkpoint, without the model card that TRL would write beside it."""
+        Trainer._save_checkpoint(self, model, trial)

@@ -1,0 +1,144 @@
+"""The AR that learns beside the AV: one pass scores a step's samples and gathers the gradient of the same samples.
+
+It lives outside the Trainer, so it brings its own optimizer, its own all-reduce and its own state for checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from nla_hub.batching import pad_id_of, pad_right
+from nla_hub.prompts import ARPrompt
+from nla_hub.reconstructor import ARModel
+from nla_hub.training.ar_regression import direction_loss
+from nla_hub.training.recipe import RLSpec
+
+FINGERPRINT = 256
+"""Values of each parameter that are compared to tell how far a model moved; all of them would cost a second copy."""
+
+
+@dataclass(frozen=True)
+class ARUpdate:
+    """One update: mean loss on the samples, norm of the gradient, relative change of the weights, whether it was skipped."""
+
+    loss: float | None
+    gradient: float | None
+    change: float
+    skipped: bool
+
+
+class LiveAR:
+    """An AR under training. `score` may be called several times before `update`; gradients add up.
+
+    The value head is float32 whatever the trunk's dtype (see `ARModel`).
+    """
+
+    def __init__(
+        self, model: ARModel, prompt: ARPrompt, spec: RLSpec, accelerator: Accelerator, *, train: bool = True
+    ) -> None:
+        self.model = model.to(accelerator.device)
+        self.prompt = prompt
+        self.spec = spec
+        self.accelerator = accelerator
+        self.model.requires_grad_(train)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = (
+            torch.optim.AdamW(parameters, lr=spec.ar_lr, betas=(0.9, spec.beta2), weight_decay=spec.weight_decay)
+            if parameters
+            else None
+        )
+        self._loss, self._count = 0.0, 0
+
+    def score(self, texts: Sequence[str], vectors: Tensor, *, total: int) -> Tensor:
+        """What the AR makes of `texts`, before it learns from them: float32 [n, d] on the CPU.
+
+        Args:
+            vectors: the vectors that the texts describe, float32 [n, d].
+            total: rows that this update's mean is taken over, all processes and all calls together.
+        """
+        encoded = [self.prompt.encode(text) for text in texts]
+        order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))  # little padding
+        pad = pad_id_of(self.prompt.tokenizer)
+        device = self.model.head.weight.device
+        found: dict[int, Tensor] = {}
+        for begin in range(0, len(order), self.spec.micro_batch):
+            chunk = order[begin : begin + self.spec.micro_batch]
+            ids, mask = pad_right([encoded[i] for i in chunk], pad)
+            with torch.set_grad_enabled(self.optimizer is not None):
+                predicted = self.model(ids.to(device), mask.to(device))
+                loss = direction_loss(predicted, vectors[chunk].to(device)).sum()
+            if self.optimizer is not None:
+                (loss / total).backward()
+            self._loss += float(loss.detach())
+            self._count += len(chunk)
+            for i, row in zip(chunk, predicted.detach().float().cpu(), strict=True):
+                found[i] = row
+        return torch.stack([found[i] for i in range(len(encoded))]) if encoded else torch.empty(0, self.width)
+
+    @property
+    def width(self) -> int:
+        """Width of the residual stream."""
+        return int(self.model.head.out_features)
+
+    def update(self, lr: float) -> ARUpdate:
+        """One step on what `score` gathered, the same on every process; a gradient that is not finite is dropped."""
+        sums = torch.tensor([self._loss, float(self._count)], dtype=torch.float64, device=self.accelerator.device)
+        sums = self.accelerator.reduce(sums, reduction="sum")
+        self._loss, self._count = 0.0, 0
+        loss = float(sums[0] / sums[1]) if float(sums[1]) else None
+        if self.optimizer is None or loss is None:
+            return ARUpdate(loss, None, 0.0, skipped=False)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self._reduce(parameters)
+        norm = float(nn.utils.clip_grad_norm_(parameters, self.spec.clip))
+        finite = math.isfinite(norm) and math.isfinite(loss)
+        before = fingerprint(parameters)
+        if finite:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return ARUpdate(loss, norm, moved(before, fingerprint(parameters)), skipped=not finite)
+
+    def _reduce(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Add the gradients of all processes (the losses are already divided by the common count)."""
+        if self.accelerator.num_processes == 1:
+            return
+        for p in parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            p.grad = self.accelerator.reduce(p.grad, reduction="sum")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights and optimizer, for a checkpoint."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        self.model.load_state_dict(state["model"])
+        if self.optimizer is not None:
+            self.optimizer.load_state_dict(state["optimizer"])
+
+
+def fingerprint(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """At most `FINGERPRINT` evenly spaced values of every parameter, float64 on the CPU."""
+    parts = []
+    for p in parameters:
+        flat = p.detach().reshape(-1)
+        parts.append(flat[:: max(1, flat.numel() // FINGERPRINT)].double().cpu())
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
+
+
+def moved(before: Tensor, after: Tensor) -> float:
+    """Relative change between two fingerprints."""
+    return float((after - before).norm() / before.norm().clamp_min(1e-30)) if len(before) else 0.0

@@ -1,0 +1,312 @@
+"""The rl stage: AV by GRPO, AR by regression on the same samples, measured and watched, continued where it was killed."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import shutil
+import time
+from collections.abc import Callable, Hashable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nla_hub import registry
+from nla_hub.checkpoints import LoadOptions, load_ar, load_causal_lm
+from nla_hub.engines.base import LoadedAV
+from nla_hub.errors import TrainingError
+from nla_hub.export import save_ar, save_av
+from nla_hub.injection import Injector
+from nla_hub.nla import Source
+from nla_hub.prompts import ARPrompt, AVPrompt
+from nla_hub.reconstructor import ARModel
+from nla_hub.sidecar import Sidecar
+from nla_hub.training.data import TrainingRows
+from nla_hub.training.dev_eval import DevEvaluation
+from nla_hub.training.live_ar import LiveAR
+from nla_hub.training.loop import Report
+from nla_hub.training.monitor import Alarm, Monitor
+from nla_hub.training.processes import Processes
+from nla_hub.training.recipe import Recipe, RLSpec
+from nla_hub.training.run import StageDirectory
+from nla_hub.training.splits import data_splits, split_documents
+
+if TYPE_CHECKING:
+    from nla_hub.training.grpo import RLTrainer
+
+OURS, COMPLETE = "rl.pt", "COMPLETE"
+"""Beside the Trainer's own files in a checkpoint: both ARs, their optimizers, the monitor; and the mark written last."""
+
+STOPPING_ALARM = "precision_falls"
+"""The alarm on which a recipe with `precision_drop` ends its training."""
+
+
+def train_rl(
+    *,
+    recipe: Recipe,
+    run_stage: StageDirectory,
+    source: Source,
+    base_directory: Path,
+    sidecars: tuple[Sidecar, Sidecar],
+    av_directory: Path,
+    ar_directory: Path,
+    watch_directory: Path | None,
+    rows: TrainingRows,
+    label_rows: TrainingRows,
+    dev_rows: TrainingRows,
+    report: Report,
+    report_to: tuple[str, ...] = (),
+    max_steps: int | None = None,
+) -> dict[str, Any]:
+    """Train both halves and write them to `run_stage.checkpoint`/av and /ar, float32 on the CPU.
+
+    Args:
+        sidecars: of AV and AR, as they are written.
+        watch_directory: a second AR that never pays.
+        rows: the vectors to explain. label_rows: for `label_share`. dev_rows: held out, for the evaluations.
+        report: gets a step's figures, `{"evaluation": ...}` and `{"alarm": ...}`, each with `step` and `steps`.
+
+    Raises:
+        TrainingError: log-probabilities disagree, losses stay non-finite; the last checkpoint is kept.
+    """
+    from nla_hub.training.grpo import RLTrainer
+    from nla_hub.training.rl_settings import grpo_config
+
+    assert recipe.rl is not None
+    spec = recipe.rl if max_steps is None else dataclasses.replace(recipe.rl, steps=min(recipe.rl.steps, max_steps))
+    options, processes = LoadOptions(), Processes.here()
+    av_sidecar, ar_sidecar = sidecars
+    tokenizer = source.tokenizer
+    assert av_sidecar.marker is not None
+    loaded = load_causal_lm(av_directory, options)
+    injector = Injector(loaded.adapter, av_sidecar.injection, av_sidecar.marker)
+    av = LoadedAV(loaded, tokenizer, AVPrompt.build(tokenizer, av_sidecar), injector)
+    needs_copy = spec.beta > 0 and spec.lora is None
+    reference = copy.deepcopy(loaded.model) if needs_copy else None
+    prompt = ARPrompt.build(tokenizer, ar_sidecar)
+
+    def make_ar(accelerator: Any) -> tuple[LiveAR, LiveAR | None]:
+        def live(directory: Path) -> LiveAR:
+            trunk, head = load_ar(directory, ar_sidecar, options)
+            return LiveAR(ARModel(trunk.adapter, trunk.model, head), prompt, spec, accelerator)
+
+        return live(ar_directory), None if watch_directory is None else live(watch_directory)
+
+    named, truth = known_facts(recipe, dev_rows)
+    evaluation = DevEvaluation(
+        dev_rows,
+        prompt,
+        n=spec.evaluate_rows,
+        max_new_tokens=spec.max_new_tokens,
+        batch_size=spec.rollout_block,
+        named=named,
+        truth=truth,
+    )
+    device = next(loaded.model.parameters()).device
+    args = grpo_config(
+        spec,
+        run_stage.state,
+        seed=recipe.seed,
+        world=processes.world,
+        on_cpu=device.type == "cpu",
+        bf16=loaded.model.dtype == torch.bfloat16 and device.type != "cpu",
+        report_to=report_to if processes.is_main else (),
+    )
+    trainer = RLTrainer(
+        av,
+        reference,
+        args,
+        spec,
+        rows,
+        make_ar=make_ar,
+        labels=label_rows if spec.label_share else None,
+        baseline=evaluation.reference,
+        seed=recipe.seed,
+    )
+    stage = Conductor(trainer, spec, evaluation, run_stage, report, processes)
+    summary = stage.run()
+    if processes.is_main:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        merged = model.merge_and_unload() if spec.lora is not None else model
+        save_av(run_stage.checkpoint / "av", merged, tokenizer, av_sidecar, dtype=torch.float32)
+        ar = trainer.scoring.ar.model
+        save_ar(run_stage.checkpoint / "ar", ar.trunk, ar.head, tokenizer, ar_sidecar, dtype=torch.float32)
+    trainer.accelerator.wait_for_everyone()
+    return summary
+
+
+def known_facts(
+    recipe: Recipe, rows: TrainingRows
+) -> tuple[Callable[[str], Mapping[str, Hashable]] | None, list[Mapping[str, Hashable]] | None]:
+    """A reader of facts in explanations, and what is true at each of the held-out `rows`; None for a world without facts.
+
+    A labeler that can read facts has `named(text)`, a document that knows its own has `facts_at(char)`.
+    """
+    named = getattr(registry.labelers.get(recipe.labels.labeler), "named", None)
+    documents = split_documents(recipe, "dev", data_splits(recipe)["dev"])
+    if named is None or not all(hasattr(document, "facts_at") for document in documents):
+        return None, None
+    by_id: dict[str, Any] = {f"dev-{i}": document for i, document in enumerate(documents)}
+    ends = zip(rows.doc_ids, rows.prefixes, strict=True)
+    return named, [by_id[doc_id].facts_at(len(prefix)) for doc_id, prefix in ends]
+
+
+class Conductor:
+    """Runs the trainer: reports each finished step, evaluates, watches, keeps checkpoints, continues from the last."""
+
+    def __init__(
+        self,
+        trainer: RLTrainer,
+        spec: RLSpec,
+        evaluation: DevEvaluation,
+        stage: StageDirectory,
+        report: Report,
+        processes: Processes,
+    ) -> None:
+        self.trainer, self.spec, self.evaluation, self.stage = trainer, spec, evaluation, stage
+        self.processes = processes
+        self.report: Report = report if processes.is_main else _nothing
+        self.monitor = Monitor(precision_drop=spec.precision_drop)
+        self.before, self.started = 0.0, time.perf_counter()
+        self.done = 0
+        self.last: dict[str, Any] = {}
+        self.stopped_by: Alarm | None = None
+        self.alarms: list[str] = []
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end; the summary of the stage."""
+        from nla_hub.training.rl_callback import StepCallback
+
+        place = self.processes.on_main(self._last_checkpoint)
+        if place is not None:
+            self._restore(place)
+        self.processes.on_main(lambda: self.stage.cut_metrics(self.done - (place is None)))
+        if place is None:
+            self._evaluate(0)
+        self.trainer.add_callback(StepCallback(self))
+        if self.done < self.spec.steps:
+            self.trainer.train(resume_from_checkpoint=None if place is None else str(place))
+        if self.stopped_by is not None and self.stopped_by.fatal:
+            raise TrainingError(self.stopped_by.message, where=f"step {self.stopped_by.step}")
+        return {
+            "steps": self.done,
+            "stopped_by": None if self.stopped_by is None else self.stopped_by.name,
+            "skipped": self.trainer.skipped + self.trainer.scoring.skipped,
+            "alarms": self.alarms,
+            **{name: self.last.get(name) for name in ("fve", "cosine")},
+        }
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the training, earlier attempts included."""
+        return self.before + time.perf_counter() - self.started
+
+    # -- what happens after a step ---------------------------------------------------------------------------
+
+    def after_step(self, logs: Mapping[str, Any]) -> tuple[bool, bool]:
+        """Report and judge a finished step; whether to keep a checkpoint, and whether to stop."""
+        self.done += 1
+        figures = {
+            "step": self.done,
+            "steps": self.spec.steps,
+            **{ours: logs[theirs] for theirs, ours in FROM_TRL.items() if theirs in logs},
+            **self.trainer.finished_step(),
+            "seconds": round(self.seconds, 3),
+        }
+        self.report(figures)
+        self._warn(self.monitor.observe(self.done, figures))
+        final = self.done == self.spec.steps
+        if final or self.done % self.spec.evaluate_every == 0:
+            self._evaluate(self.done)
+        stop = self.stopped_by is not None
+        return stop or final or self.done % self.spec.checkpoint_every == 0, stop
+
+    def _evaluate(self, step: int) -> None:
+        """Measure on held-out rows; every process does, so that all come to the same decision."""
+        watch = self.trainer.scoring.watch
+        model = self.trainer.model
+        was_training = model.training
+        model.eval()
+        result = self.evaluation.measure(
+            self.trainer.engine, self.trainer.scoring.ar.model, None if watch is None else watch.model
+        )
+        model.train(was_training)
+        self.last = result.to_dict()
+        self.report({"step": step, "steps": self.spec.steps, "evaluation": self.last})
+        self._warn(self.monitor.evaluated(step, self.last))
+
+    def _warn(self, alarms: list[Alarm]) -> None:
+        for alarm in alarms:
+            self.alarms.append(f"{alarm.name} (step {alarm.step})")
+            self.report({"step": alarm.step, "steps": self.spec.steps, "alarm": alarm.to_dict()})
+            if alarm.fatal or alarm.name == STOPPING_ALARM:
+                self.stopped_by = self.stopped_by or alarm
+
+    # -- checkpoints -----------------------------------------------------------------------------------------
+
+    def keep(self) -> None:
+        """Complete the checkpoint that the Trainer has just written, then remove the older ones."""
+        place = self.stage.state / f"checkpoint-{self.trainer.state.global_step}"
+        if self.processes.is_main:
+            torch.save(self._content(), place / OURS)
+        self.trainer.accelerator.wait_for_everyone()
+        if self.processes.is_main:
+            (place / COMPLETE).write_text(f"{self.done}\n", encoding="utf-8")
+            for other in self.stage.state.glob("checkpoint-*"):
+                if other != place:
+                    shutil.rmtree(other)
+
+    def _content(self) -> dict[str, Any]:
+        watch = self.trainer.scoring.watch
+        return {
+            "done": self.done,
+            "ar": self.trainer.scoring.ar.state_dict(),
+            "watch": None if watch is None else watch.state_dict(),
+            "monitor": self.monitor.to_dict(),
+            "alarms": self.alarms,
+            "skipped": [self.trainer.skipped, self.trainer.scoring.skipped],
+            "in_a_row": self.trainer.in_a_row,
+            "last": self.last,
+            "seconds": self.seconds,
+        }
+
+    def _restore(self, place: Path) -> None:
+        content = torch.load(place / OURS, map_location="cpu", weights_only=True)
+        self.trainer.scoring.ar.load_state_dict(content["ar"])
+        if self.trainer.scoring.watch is not None:
+            self.trainer.scoring.watch.load_state_dict(content["watch"])
+        self.monitor = Monitor.from_dict(content["monitor"])
+        (self.trainer.skipped, self.trainer.scoring.skipped), self.trainer.in_a_row = (
+            content["skipped"],
+            content["in_a_row"],
+        )
+        self.done, self.alarms, self.last = content["done"], content["alarms"], content["last"]
+        self.before, self.started = content["seconds"], time.perf_counter()
+
+    def _last_checkpoint(self) -> Path | None:
+        """The last complete checkpoint; what a kill left of others is removed."""
+        found: dict[int, Path] = {}
+        for place in self.stage.state.glob("checkpoint-*"):
+            if (place / COMPLETE).is_file():
+                found[int(place.name.removeprefix("checkpoint-"))] = place
+            else:
+                shutil.rmtree(place)
+        return found[max(found)] if found else None
+
+
+FROM_TRL = {
+    "reward": "reward",
+    "reward_std": "reward_std",
+    "entropy": "entropy",
+    "completions/mean_length": "length",
+    "completions/max_length": "length_max",
+    "loss": "loss",
+    "grad_norm": "grad_norm",
+    "learning_rate": "lr",
+}
+"""What TRL logs, and what this project calls it."""
+
+
+def _nothing(_: dict[str, Any]) -> None:
+    """Other processes than the main one do not speak."""

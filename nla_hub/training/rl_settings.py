@@ -1,0 +1,100 @@
+"""A recipe's rl section as the settings of TRL, peft and the schedulers; every default of TRL that matters is set on purpose."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from trl import GRPOConfig
+
+from nla_hub.errors import TrainingError
+from nla_hub.training.recipe import RLSpec
+
+
+def rate(step: int, spec: RLSpec) -> float:
+    """The share of the peak learning rate in a step: linear warm-up, then a cosine down to `final_lr`."""
+    if step < spec.warmup:
+        return (step + 1) / spec.warmup
+    done = (step - spec.warmup) / max(1, spec.steps - spec.warmup)
+    return spec.final_lr + (1 - spec.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def policy_rate(step: int, spec: RLSpec) -> float:
+    """`rate` for the AV, which rests while only the AR learns."""
+    return 0.0 if step < spec.ar_warmup else rate(step, spec)
+
+
+def grpo_config(
+    spec: RLSpec, directory: Path, *, seed: int, world: int, on_cpu: bool, bf16: bool, report_to: Sequence[str] = ()
+) -> GRPOConfig:
+    """TRL's configuration of a recipe; every default of TRL that matters is set on purpose.
+
+    Raises:
+        TrainingError: the samples of a step cannot be shared by this many processes.
+    """
+    share = spec.micro_batch * world * spec.updates
+    if spec.samples % share:
+        raise TrainingError(
+            "The samples of a step cannot be shared by these processes.",
+            got=f"prompts x group = {spec.samples} samples",
+            expected=f"a multiple of micro_batch x processes x updates = {spec.micro_batch} x {world} x {spec.updates}",
+            next_step="lower rl.micro_batch or start fewer processes",
+        )
+    return GRPOConfig(
+        output_dir=str(directory),
+        seed=seed,
+        max_steps=spec.steps * spec.updates * spec.iterations,
+        per_device_train_batch_size=spec.micro_batch,
+        gradient_accumulation_steps=spec.samples // share,
+        steps_per_generation=spec.samples // share * spec.updates,
+        num_iterations=spec.iterations,
+        num_generations=spec.group,
+        max_completion_length=spec.max_new_tokens,
+        temperature=spec.temperature,
+        loss_type=spec.loss,
+        scale_rewards="group",
+        use_bias_correction_kl=True,  # a stale sample counts in the KL term by its ratio, as in the policy's
+        beta=0.0,  # set after the reference is in place: TRL would load one by name, from wherever that leads
+        learning_rate=spec.lr,
+        weight_decay=spec.weight_decay,
+        adam_beta2=spec.beta2,
+        max_grad_norm=spec.clip,
+        bf16=bf16,
+        use_cpu=on_cpu,
+        **_checkpointing(spec.gradient_checkpointing),
+        ddp_find_unused_parameters=False,
+        shuffle_dataset=False,  # the order is made by prompt_order, so that a continued run finds its place
+        remove_unused_columns=False,
+        dataloader_pin_memory=not on_cpu,
+        logging_strategy="steps",
+        logging_steps=1,
+        save_strategy="no",  # checkpoints are written at the end of a step, by whoever sets control.should_save
+        report_to=list(report_to) or "none",
+        disable_tqdm=True,
+    )
+
+
+def _checkpointing(wanted: bool) -> dict[str, Any]:
+    """The setting by its present name; transformers before 5.20 or so knows only the old one, which TRL sets."""
+    if any(f.name == "activation_checkpointing" for f in fields(GRPOConfig)):
+        return {"activation_checkpointing": wanted, "gradient_checkpointing": None}
+    return {"gradient_checkpointing": wanted}
+
+
+def lora_config(spec: RLSpec) -> Any:
+    """peft's configuration, None for full weights."""
+    if spec.lora is None:
+        return None
+    from peft import LoraConfig
+
+    targets = spec.lora.targets
+    return LoraConfig(
+        r=spec.lora.r,
+        lora_alpha=spec.lora.alpha,
+        lora_dropout=0.0,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        task_type="CAUSAL_LM",
+    )
