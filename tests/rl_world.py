@@ -68,10 +68,10 @@ class Watcher(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> Any:
         assert self.trainer is not None
         assert logs is not None
-        if "train_runtime" not in logs:
+        if "loss" in logs:
             self.logs.append(dict(logs))
             if state.global_step % self.trainer.per_step == 0:
-                self.figures.append(self.trainer.finished_step())
+                self.figures.append(self.trainer.finished)
         return control
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 pytest.importorskip("trl", reason="needs the train extra")
 
@@ -102,6 +103,25 @@ def test_an_honest_run_alarms_nobody(run: Run) -> None:
     assert evaluations == [0, STEPS]
 
 
+def test_what_a_run_reports_to_gets_our_figures_and_the_evaluations(run: Run) -> None:
+    logged: list[dict[str, Any]] = []
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            logged.append(dict(logs))
+
+    run(lambda trainer: trainer.add_callback(Tracker()), steps=2)
+    steps = [logs for logs in logged if "loss" in logs]
+    assert len(steps) == 2
+    for logs, figures in zip(steps, run.steps, strict=True):
+        for name in ("fve", "cosine", "mse", "kl", "gap", "logprob_difference", "ratio", "ok"):
+            assert logs[f"nla/{name}"] == figures[name]
+        for name in ("reward", "entropy", "completions/mean_length"):
+            assert name in logs
+    held_out = [logs for logs in logged if "held_out/fve" in logs]
+    assert [logs["held_out/fve"] for logs in held_out] == [run.lines[-1]["evaluation"]["fve"]]
+
+
 def test_a_reward_ar_that_reads_a_hidden_code_is_noticed(run: Run) -> None:
     code, start = "; total 9 9", 4
 
@@ -159,7 +179,7 @@ def test_steps_that_stay_without_a_finite_gradient_stop_the_run_with_its_state_k
         loss = trainer._compute_loss
         trainer._compute_loss = lambda model, inputs: loss(model, inputs) * float("nan")  # type: ignore[method-assign]
 
-    with pytest.raises(TrainingError, match="not finite|non-finite|finite"):
+    with pytest.raises(TrainingError, match="finite"):
         run(plant, steps=12, prompts=2, group=2, micro_batch=4)
     kept = list((run.directory / "rl" / "state").glob("checkpoint-*/COMPLETE"))
     assert len(kept) == 1
@@ -195,3 +215,8 @@ def test_a_run_continues_at_its_last_checkpoint_and_ends_the_same(rows: Training
         for (name, p), (_, q) in zip(one.state_dict().items(), other.state_dict().items(), strict=True):
             assert torch.equal(p, q), name
     assert [f["mse"] for f in whole.steps] == [f["mse"] for f in broken.steps]
+    again = Run(rows, tmp_path / "broken")
+    again(trained.append, **settings)  # it was killed after its last step: nothing is trained, nothing is lost
+    assert again.steps == []
+    for name, p in trained[2].model.state_dict().items():
+        assert torch.equal(p, a.model.state_dict()[name]), name

@@ -9,8 +9,10 @@ from nla_hub.evaluation.facts import GATE_ROWS
 
 if TYPE_CHECKING:
     from nla_hub.evaluation.controls import Measure
+    from nla_hub.evaluation.protocols import Protocol
     from nla_hub.evaluation.result import EvalResult, Example
     from nla_hub.evaluation.steering import SteeringTable
+    from nla_hub.geometry import Reference
 
 NOT_MEASURED = "not measured"
 
@@ -110,18 +112,31 @@ def status_counts(statuses: Mapping[str, int]) -> str:
     return f"{counts} ({statuses.get('ok', 0) / sum(statuses.values()):.1%} ok)"
 
 
+def drawn(protocol: Protocol, n: int, documents: int, corpus: str) -> str:
+    """A protocol with what it was run on and how texts were drawn."""
+    how = "greedy" if protocol.temperature == 0 else f"temperature {protocol.temperature:g}, seed {protocol.seed}"
+    return (
+        f"{protocol.name}: {n} activations of {documents} documents ({corpus}), position >= {protocol.min_position}, "
+        f"seed {protocol.seed}, {how}"
+    )
+
+
+def reference_line(r: Reference) -> str:
+    """The denominators of an FVE."""
+    return f"{r.dataset}, n={r.n}: raw variance {r.raw_variance:.4f}, mean-norm {r.mean_norm:.4f}"
+
+
+def versions_line(versions: Mapping[str, str | None]) -> str:
+    """Known versions in one line."""
+    return ", ".join(f"{name} {value}" for name, value in versions.items() if value) or "unknown"
+
+
 def provenance(result: EvalResult) -> list[tuple[str, str]]:
     """Names and values of what the figures come from."""
-    protocol = result.protocol
-    drawn = "greedy" if protocol.temperature == 0 else f"temperature {protocol.temperature:g}, seed {protocol.seed}"
     rows = [
         ("pair", result.nla + (f" @ {result.revision}" if result.revision else "")),
         ("base model", f"{result.base_model or 'unknown'}, output of block {result.layer}"),
-        (
-            "protocol",
-            f"{protocol.name}: {result.n} activations of {result.documents} documents ({result.corpus}), position >= "
-            f"{protocol.min_position}, seed {protocol.seed}, {drawn}",
-        ),
+        ("protocol", drawn(result.protocol, result.n, result.documents, result.corpus)),
         ("status", status_counts(result.statuses)),
     ]
     if result.sampled is not None:
@@ -129,10 +144,7 @@ def provenance(result: EvalResult) -> list[tuple[str, str]]:
     if result.words is not None:
         rows.append(("words", f"{result.words:.1f} a usable explanation"))
     if result.reference is not None:
-        r = result.reference
-        rows.append(
-            ("reference", f"{r.dataset}, n={r.n}: raw variance {r.raw_variance:.4f}, mean-norm {r.mean_norm:.4f}")
-        )
+        rows.append(("reference", reference_line(result.reference)))
     if result.shared_documents is not None:
         rows.append(
             (
@@ -141,9 +153,7 @@ def provenance(result: EvalResult) -> list[tuple[str, str]]:
                 "train-split documents of the probes",
             )
         )
-    versions = ", ".join(f"{name} {value}" for name, value in result.versions.items() if value)
-    rows.append(("commit", result.commit or "unknown"))
-    rows.append(("versions", versions or "unknown"))
+    rows += [("commit", result.commit or "unknown"), ("versions", versions_line(result.versions))]
     if result.wall_seconds is not None:
         rows.append(("wall time", f"{result.wall_seconds:.0f} s"))
     return rows

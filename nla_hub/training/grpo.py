@@ -86,6 +86,9 @@ class RLTrainer(GRPOTrainer):  # type: ignore[misc]
         ar, watch: the AR that pays, and the one that never does.
         baseline: reference of the FVE that is reported.
         seed: of order and samples.
+
+    Attributes:
+        finished: figures of the last finished step.
     """
 
     def __init__(
@@ -110,6 +113,7 @@ class RLTrainer(GRPOTrainer):  # type: ignore[misc]
         self.prompt: AVPrompt = av.prompt
         self.injector: Injector = av.injector
         self.step: Step | None = None
+        self.finished: dict[str, Any] = {}
         self.skipped, self.in_a_row = 0, 0
         self._vectors: Tensor | None = None
         self._logps: Tensor | None = None
@@ -364,7 +368,14 @@ class RLTrainer(GRPOTrainer):  # type: ignore[misc]
             model.zero_grad(set_to_none=True)
         return norm
 
-    def finished_step(self) -> dict[str, Any]:
+    def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
+        """As TRL's; with the last optimizer step of a step our figures join, for whatever the run reports to."""
+        if "loss" in logs and self.state.global_step % self.per_step == 0:
+            self.finished = self._finish_step()
+            logs |= {f"nla/{k}": v for k, v in self.finished.items() if isinstance(v, (int, float))}
+        super().log(logs, *args, **options)
+
+    def _finish_step(self) -> dict[str, Any]:
         """The figures of the step whose last optimizer step was just made, over all processes."""
         step = self.step
         assert step is not None
@@ -373,12 +384,12 @@ class RLTrainer(GRPOTrainer):  # type: ignore[misc]
         gaps, ratios = torch.cat(step.differences), torch.cat(step.ratios)
         kl = torch.cat(step.kl) if step.kl else torch.empty(0)
         device = self.accelerator.device
-        local = [gaps.double().sum(), ratios.double().sum(), len(gaps), kl.double().sum(), len(kl)]
-        sums = torch.tensor([float(x) for x in local], dtype=torch.float64, device=device)
+        local = [float(x.double().sum()) for x in (gaps, ratios, kl)] + [float(len(gaps)), float(len(kl))]
+        sums = torch.tensor(local, dtype=torch.float64, device=device)
         extremes = torch.tensor(
             [float(gaps.max()), float(ratios.max()), -float(ratios.min()), step.loss_difference], device=device
         )
-        gap_sum, ratio_sum, n, kl_sum, kl_n = self.accelerator.reduce(sums, reduction="sum").tolist()
+        gap_sum, ratio_sum, kl_sum, n, kl_n = self.accelerator.reduce(sums, reduction="sum").tolist()
         largest, ratio_max, ratio_min, loss_difference = (
             self.accelerator.gather(extremes).reshape(-1, len(extremes)).amax(dim=0).tolist()
         )

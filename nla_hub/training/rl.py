@@ -185,8 +185,10 @@ class Conductor:
         if place is None:
             self._evaluate(0)
         self.trainer.add_callback(StepCallback(self))
-        if self.done < self.spec.steps:
+        if self.done < self.spec.steps and self.stopped_by is None:
             self.trainer.train(resume_from_checkpoint=None if place is None else str(place))
+        else:
+            self.trainer._load_from_checkpoint(str(place))  # it was killed between its last step and its end
         if self.stopped_by is not None and self.stopped_by.fatal:
             raise TrainingError(self.stopped_by.message, where=f"step {self.stopped_by.step}")
         return {
@@ -211,7 +213,7 @@ class Conductor:
             "step": self.done,
             "steps": self.spec.steps,
             **{ours: logs[theirs] for theirs, ours in FROM_TRL.items() if theirs in logs},
-            **self.trainer.finished_step(),
+            **self.trainer.finished,
             "seconds": round(self.seconds, 3),
         }
         self.report(figures)
@@ -234,6 +236,8 @@ class Conductor:
         model.train(was_training)
         self.last = result.to_dict()
         self.report({"step": step, "steps": self.spec.steps, "evaluation": self.last})
+        if step:
+            self.trainer.log({f"held_out/{k}": v for k, v in _numbers(self.last).items()})
         self._warn(self.monitor.evaluated(step, self.last))
 
     def _warn(self, alarms: list[Alarm]) -> None:
@@ -265,6 +269,7 @@ class Conductor:
             "watch": None if watch is None else watch.state_dict(),
             "monitor": self.monitor.to_dict(),
             "alarms": self.alarms,
+            "stopped_by": None if self.stopped_by is None else self.stopped_by.to_dict(),
             "skipped": [self.trainer.skipped, self.trainer.scoring.skipped],
             "in_a_row": self.trainer.in_a_row,
             "last": self.last,
@@ -281,6 +286,8 @@ class Conductor:
             content["skipped"],
             content["in_a_row"],
         )
+        if content["stopped_by"] is not None and not content["stopped_by"]["fatal"]:
+            self.stopped_by = Alarm(**content["stopped_by"])  # after a fatal one it is tried again
         self.done, self.alarms, self.last = content["done"], content["alarms"], content["last"]
         self.before, self.started = content["seconds"], time.perf_counter()
 
@@ -306,6 +313,13 @@ FROM_TRL = {
     "learning_rate": "lr",
 }
 """What TRL logs, and what this project calls it."""
+
+
+def _numbers(evaluation: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of an evaluation that a curve can be drawn of."""
+    facts = evaluation.get("facts") or {}
+    found = {**evaluation, "recall": facts.get("recall"), "precision": facts.get("precision")}
+    return {name: float(value) for name, value in found.items() if isinstance(value, (int, float))}
 
 
 def _nothing(_: dict[str, Any]) -> None:

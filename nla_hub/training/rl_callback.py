@@ -20,8 +20,8 @@ class StepCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> Any:
         """A step is finished with its last optimizer step; then decide on checkpoint and stop."""
-        if not logs or "train_runtime" in logs:
-            return control
+        if not logs or "loss" not in logs:
+            return control  # a summary, or our own evaluation
         for name, value in logs.items():
             if isinstance(value, (int, float)) and math.isfinite(value):
                 self.logs[name].append(float(value))

@@ -1,4 +1,4 @@
-"""A recipe's rl section as the settings of TRL, peft and the schedulers; every default of TRL that matters is set on purpose."""
+"""A recipe's rl section as settings of TRL, peft and the schedulers; TRL's defaults that matter are set on purpose."""
 
 from __future__ import annotations
 
