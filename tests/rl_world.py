@@ -23,9 +23,9 @@ from nla_hub.sidecar import Sidecar, Site
 from nla_hub.testing import D_MODEL, LAYER, RandomPair
 from nla_hub.training.data import TrainingRows
 from nla_hub.training.grpo import RLTrainer
-from nla_hub.training.live_ar import LiveAR
 from nla_hub.training.recipe import RLSpec
-from nla_hub.training.rl_settings import grpo_config
+from nla_hub.training.rl.live_ar import LiveAR
+from nla_hub.training.rl.settings import grpo_config
 
 SPEC = RLSpec(
     documents=12, steps=2, prompts=4, group=4, micro_batch=4, lr=1e-3, ar_lr=1e-3, beta=0.04, max_new_tokens=12,

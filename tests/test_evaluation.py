@@ -27,7 +27,7 @@ from nla_hub.evaluation.protocols import (
     require_disjoint,
     select_rows,
 )
-from nla_hub.evaluation.stats import derangement, mean_interval, wilson
+from nla_hub.evaluation.stats import cluster_interval, cluster_totals, derangement, mean_interval, percentiles, wilson
 from nla_hub.source_text import encode_source
 from nla_hub.testing import random_tokenizer
 
@@ -248,6 +248,20 @@ def test_balanced_accuracy_is_not_bought_by_the_majority():
     assert balanced_accuracy(balanced, truth) > balanced_accuracy(natural, truth)
     with pytest.raises(InputError):
         fit_probe(x, y[:3])
+
+
+def test_resamples_take_the_same_documents_whatever_is_summed():
+    documents = ["a", "a", "b", "c", "c"]
+    one = cluster_totals(np.arange(5.0)[:, None], documents, seed=4, resamples=50)
+    two = cluster_totals(np.column_stack([np.ones(5), np.arange(5.0)]), documents, seed=4, resamples=50)
+    assert (one == two[:, 1:]).all()
+    assert (two[:, 0] == two[:, 2]).all()
+    ratio = one[:, 0] / one[:, 1]
+    assert percentiles(ratio) == cluster_interval(
+        np.arange(5.0)[:, None], documents, lambda sums: sums[:, 0] / sums[:, 1], seed=4, resamples=50
+    )
+    assert percentiles(np.array([np.nan, 1.0, np.inf])) == (1.0, 1.0)
+    assert np.isnan(percentiles(np.array([np.nan]))).all()
 
 
 # -- facts ---------------------------------------------------------------------------------------------------

@@ -260,7 +260,8 @@ def test_denominators_are_the_same_for_both_and_measured_where_the_pairs_store_d
 
     stored = {id(pair): Reference("tiny-eval-v1+documents=50", 9, 0.5, 0.6), id(damaged): None}
     monkeypatch.setattr(NLA, "reference", property(lambda self: stored[id(self)]))
-    assert compare(damaged, pair, facts=False, **SMALL).reference == found.reference
+    measured = compare(damaged, pair, facts=False, **SMALL).reference
+    assert measured.raw_variance == pytest.approx(found.reference.raw_variance)
     stored[id(damaged)] = stored[id(pair)]
     assert compare(damaged, pair, facts=False, **SMALL).reference.raw_variance == 0.5
 

@@ -40,13 +40,19 @@ D, LAYER, DOCUMENTS = 64, 1, 60
 
 @dataclass
 class PlantedEngine:
-    """Writes what it was told for each vector, between the tags unless told otherwise."""
+    """Writes what it was told for each vector, between the tags unless told otherwise; `drawn` where it samples."""
 
     texts: dict[str, str] = field(default_factory=dict)
     default: str = "<explanation>next the</explanation>"
+    drawn: dict[str, str] = field(default_factory=dict)
+    sampled: list[tuple[int, float]] = field(default_factory=list)
 
-    def generate(self, vectors, draws, **settings):
-        return [Completion((), self.texts.get(vector_hash(v), self.default), "tag", torch.zeros(0)) for v in vectors]
+    def generate(self, vectors, draws, *, temperature, **settings):
+        texts = self.texts
+        if draws is not None:
+            self.sampled.append((len(vectors), temperature))
+            texts = texts | self.drawn
+        return [Completion((), texts.get(vector_hash(v), self.default), "tag", torch.zeros(0)) for v in vectors]
 
 
 @dataclass
@@ -163,6 +169,41 @@ def test_rows_without_a_usable_explanation_count_as_orthogonal(world: World):
     assert result.real.cosine == pytest.approx(1 - bad / n, abs=0.02)
     worst = next(e for e in result.examples if e.choice == "worst")
     assert (worst.status, worst.text, worst.cosine) == ("no_tags", None, None)
+
+
+def test_sampled_explanations_are_scored_beside_the_greedy_ones_when_asked_for(world: World):
+    own = world.vectors[: 2 * DOCUMENTS]
+    world.engine.drawn = {vector_hash(v): "no tags at all" for v in own[::2]}
+    result = world.run(facts=False, sampled=True)
+    assert {temperature for _, temperature in world.engine.sampled} == {1.0}
+    assert sum(n for n, _ in world.engine.sampled) == result.n
+    assert (result.sampled.what, result.sampled.n) == ("explanations drawn at temperature 1", result.n)
+    assert result.statuses == {"ok": result.n}
+    assert result.sampled_statuses == {"no_tags": DOCUMENTS, "ok": DOCUMENTS}
+    figures = result.figures()
+    assert figures["ok_sampled"] == 0.5
+    assert figures["fve_sampled"] == pytest.approx(1 - 1 / result.reference.raw_variance, abs=0.02)
+    assert figures["fve_sampled"] < figures["fve"]
+    assert EvalResult.from_dict(json.loads(json.dumps(result.to_dict()))) == result
+    for shown in (str(result), result.to_markdown()):
+        assert "explanations drawn at temperature 1" in shown
+        assert f"{DOCUMENTS} no_tags, {DOCUMENTS} ok (50.0% ok)" in shown
+    world.engine.drawn = {}
+    assert world.run(facts=False, sampled=True).figures()["fve_sampled"] == figures["fve"]
+
+
+def test_results_from_before_there_were_sampled_figures_still_load(world: World):
+    result = world.run(facts=False)
+    assert result.figures()["fve_sampled"] is None
+    assert result.figures()["ok_sampled"] is None
+    assert not world.engine.sampled
+    assert "temperature 1" not in str(result)
+    data = result.to_dict()
+    older = {key: value for key, value in data.items() if not key.startswith("sampled")}
+    assert len(older) == len(data) - 2
+    assert EvalResult.from_dict(older) == result
+    stored = Path(__file__).resolve().parents[1] / "model_cards" / "tiny" / "eval.json"
+    assert EvalResult.from_dict(json.loads(stored.read_text(encoding="utf-8"))).ok > 0.9
 
 
 def test_the_result_survives_json_and_prints_its_denominators(world: World):
@@ -422,6 +463,11 @@ def test_eval_prints_one_json_object_and_gates_set_the_exit_code(command):
     code, out, _ = command(*arguments, "--gate", "fve>=0.5", "--gate", "fve>permuted")
     assert code == 0
     assert EvalResult.from_dict(json.loads(out)).n == 120
+    code, out, err = command(*arguments, "--sampled", "--gate", "fve_sampled>=0.5, ok_sampled>=1")
+    assert code == 0
+    assert EvalResult.from_dict(json.loads(out)).sampled.n == 120
+    code, out, err = command(*arguments, "--gate", "fve_sampled>=0")
+    assert (code, "fve_sampled was not measured" in err) == (3, True)
     code, out, err = command(*arguments, "--gate", "fve>=1.5")
     assert code == 3
     assert json.loads(out)["n"] == 120

@@ -24,12 +24,12 @@ from nla_hub.geometry import direction_mse
 from nla_hub.injection import Injector
 from nla_hub.testing import RandomPair, random_pair
 from nla_hub.training.grpo import RLTrainer
-from nla_hub.training.live_ar import LiveAR
-from nla_hub.training.monitor import LOGPROB_LIMIT as AGREEMENT
 from nla_hub.training.recipe import LoRASpec, RewardSpec, RLSpec
-from nla_hub.training.reward import contrast, repeated_pairs, reward, sample_mse
-from nla_hub.training.rl_settings import grpo_config, policy_rate, rate
-from nla_hub.training.rollouts import prompt_order, sample, step_seed
+from nla_hub.training.rl.live_ar import LiveAR
+from nla_hub.training.rl.monitor import LOGPROB_LIMIT as AGREEMENT
+from nla_hub.training.rl.reward import contrast, repeated_pairs, reward, sample_mse
+from nla_hub.training.rl.rollouts import prompt_order, sample, step_seed
+from nla_hub.training.rl.settings import grpo_config, policy_rate, rate
 
 pytestmark = pytest.mark.train
 

@@ -30,10 +30,10 @@ from nla_hub.sidecar import Sidecar, Site
 from nla_hub.testing import RandomPair
 from nla_hub.tiny.labeler import TinyCorpus, TinyLabeler
 from nla_hub.training.data import TrainingRows, collect
-from nla_hub.training.dev_eval import DevEvaluation
 from nla_hub.training.grpo import RLTrainer
 from nla_hub.training.processes import Processes
-from nla_hub.training.rl import Conductor
+from nla_hub.training.rl.dev_eval import DevEvaluation
+from nla_hub.training.rl.stage import Conductor
 from nla_hub.training.run import StageDirectory
 
 pytestmark = pytest.mark.train

@@ -26,10 +26,10 @@ from nla_hub.tiny import documents
 from nla_hub.tiny.labeler import TinyLabeler
 from nla_hub.tiny.labels import named_facts
 from nla_hub.training.data import TrainingRows
-from nla_hub.training.dev_eval import FACT_ROWS, SAMPLES, DevEvaluation, DevResult, other_documents
 from nla_hub.training.labelers import LabelRequest
 from nla_hub.training.loop import NON_FINITE_LIMIT
-from nla_hub.training.monitor import (
+from nla_hub.training.rl.dev_eval import FACT_ROWS, SAMPLES, DevEvaluation, DevResult, other_documents
+from nla_hub.training.rl.monitor import (
     GAP_GROWTH,
     LOGPROB_LIMIT,
     MESSAGES,

@@ -215,8 +215,8 @@ def test_a_killed_owner_keeps_nobody_out(tmp_path: Path) -> None:
 
 RL_SECTION = """
 rl:
-  {documents: 20, steps: 4, lr: 1.0e-3, ar_lr: 1.0e-3, prompts: 4, group: 2, micro_batch: 8, max_new_tokens: 12,
-   evaluate_every: 2, evaluate_rows: 8, checkpoint_every: 1}
+  {documents: 20, steps: 12, lr: 1.0e-3, ar_lr: 1.0e-3, prompts: 4, group: 4, micro_batch: 16, max_new_tokens: 40,
+   evaluate_every: 4, evaluate_rows: 8, checkpoint_every: 2}
 """
 
 RECIPE = f"""
@@ -226,7 +226,7 @@ seed: 3
 base:
   model: tiny-world
   train:
-    {{hidden_size: 32, layers: 2, heads: 2, mlp_size: 32, documents: 300, steps: 150, batch_documents: 16,
+    {{hidden_size: 32, layers: 2, heads: 2, mlp_size: 32, documents: 300, steps: 80, batch_documents: 16,
      tokenizer_documents: 400}}
 layer: 1
 marker: "㊥"
@@ -235,8 +235,8 @@ prompts:
   ar: "<text>{{explanation}}</text>"
 data: {{corpus: tiny-world, positions: 4, min_position: 4}}
 labels: {{labeler: tiny}}
-ar: {{documents: 400, batch_size: 8, lr: 3.0e-3}}
-av: {{documents: 400, batch_size: 8, lr: 3.0e-3}}
+ar: {{documents: 200, batch_size: 8, lr: 3.0e-3}}
+av: {{documents: 200, batch_size: 8, lr: 3.0e-3}}
 {RL_SECTION}
 eval: {{protocol: tiny-eval-v1, documents: 60}}
 export: {{dtype: float32}}
@@ -302,6 +302,9 @@ def test_a_killed_run_ends_as_an_undisturbed_one(harness: Harness) -> None:
     names = " ".join(harness.expected)
     for part in ("av/model", "ar/value_head", "source/model", "fve_reference", "source/metrics", "ar/metrics"):
         assert part in names, f"nothing is compared of {part}"
+    moved = [line["policy_update"] for line in harness.expected["rl/metrics.jsonl"] if "policy_update" in line]
+    assert len(moved) == 12
+    assert sum(update > 0 for update in moved) >= 3, "the rl stage must have something to lose"
     harness.check(3, seed=0)
 
 

@@ -21,13 +21,13 @@ from nla_hub import yaml_io
 from nla_hub.cli import output
 from nla_hub.cli.train_view import TrainView, alarm_text, evaluation_lines, fitted, step_line
 from nla_hub.errors import RunError
-from nla_hub.training.history import ROWS, history, main, render, thinned
 from nla_hub.training.recipe import load_recipe
-from nla_hub.training.records import read_metrics, read_run
 from nla_hub.training.run import RunDirectory
-from nla_hub.training.run_report import verdict, write_report
-from nla_hub.training.svg import AT_MOST, HEIGHT, WIDTH, Series, line_chart
-from nla_hub.training.svg import thinned as thinned_points
+from nla_hub.training.view.history import ROWS, history, main, render, thinned
+from nla_hub.training.view.records import read_metrics, read_run
+from nla_hub.training.view.report import verdict, write_report
+from nla_hub.training.view.svg import AT_MOST, HEIGHT, WIDTH, Series, line_chart
+from nla_hub.training.view.svg import thinned as thinned_points
 
 HOSTILE = (
     '<script>alert("x")</script><img src=x onerror=alert(1)>\'"&amp; </bdi></p></table> | [a](javascript:x) `b` *c*\n'
@@ -627,7 +627,7 @@ def test_the_history_is_json_and_its_page_has_whole_tables(tmp_path: Path, text:
     assert ["samples" in row for row in data["rl"]["evaluations"]] == [True, *[False] * 5, True]
     page = render(data)
     assert page.startswith(
-        "<!-- Generated: python -m nla_hub.training.history --markdown model_cards/tiny/history.json > "
+        "<!-- Generated: python -m nla_hub.training.view.history --markdown model_cards/tiny/history.json > "
     )
     found = tables(page)
     assert len(found) == 6
@@ -693,7 +693,7 @@ def test_the_check_of_a_page_sees_what_is_wrong(text: str) -> None:
 
 def test_a_page_that_does_not_escape_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = write_run(tmp_path, rl_lines(3, HOSTILE))
-    monkeypatch.setattr("nla_hub.training.run_report.escape", str)
+    monkeypatch.setattr("nla_hub.training.view.report.escape", str)
     with pytest.raises(AssertionError):
         opened(run)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from nla_hub.cli import output
+from nla_hub.cli.train_view import TrainView
 from nla_hub.errors import NLAError
 from nla_hub.log import logger
 
@@ -104,12 +104,13 @@ def _run(
     place = out or default_directory(resolved, rehearse)
     run = RunDirectory(place, resolved, rehearsal=rehearse, processes=processes)
     output.message(f"run directory: {run.path}")
-    listener = Lines(as_json, stages)
+    listener = TrainView(as_json, stages)
     pair = Pipeline(resolved, run, listener, max_steps=max_steps, report_to=report_to).execute(stages)
     if not processes.is_main or not pair.is_dir():
         return  # or only earlier stages were asked for
     if not as_json:
         output.print_text(str(pair))
+    output.message(f"what happened: {run.path / 'report.html'}")
     output.message(
         f'use it: nla-hub explain --nla ./{pair} "..."' if not pair.is_absolute() else f"use it: --nla {pair}"
     )
@@ -118,39 +119,3 @@ def _run(
 def default_directory(recipe: Recipe, rehearsal: bool) -> Path:
     """`runs/NAME-HASH`."""
     return Path("runs") / f"{recipe.name}{'-rehearsal' if rehearsal else ''}-{recipe.digest()}"
-
-
-class Lines:
-    """Tells a person on stderr what a run does: a line a stage, and a line that is rewritten on a terminal."""
-
-    def __init__(self, as_json: bool, stages: Any) -> None:
-        self.as_json = as_json
-        self.stages = list(stages)
-        self.open_line = False
-
-    def stage(self, name: str, *, resumed: bool) -> None:
-        """A stage begins, or was found done."""
-        number = f"[{self.stages.index(name) + 1}/{len(self.stages)}]"
-        output.message(f"{number} {name}{': already done' if resumed else ''}")
-
-    def metrics(self, name: str, metrics: dict[str, Any]) -> None:
-        """Figures of a running stage."""
-        line = "    " + "  ".join(f"{key} {_short(value)}" for key, value in metrics.items() if key != "lr")
-        if output.progress_wanted():
-            sys.stderr.write(f"\r\x1b[K{line}")
-            sys.stderr.flush()
-            self.open_line = True
-        else:
-            output.message(line)
-
-    def done(self, name: str, summary: dict[str, Any]) -> None:
-        """A stage is done."""
-        if self.open_line:
-            sys.stderr.write("\n")
-            self.open_line = False
-        if self.as_json:
-            output.print_json_lines([{"stage": name, **summary}])
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

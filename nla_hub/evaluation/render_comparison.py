@@ -25,9 +25,13 @@ if TYPE_CHECKING:
 
 NOTE = (
     "Both pairs explain the same captured vectors, each with its own AR; brackets are 95 % bootstrap intervals over "
-    "documents, of the difference over the same documents for both. Recall: named correctly, of the rows that have the fact. "
-    "Precision: of the protocol's own rows that name it. Captured share: (recall - chance) / (probe - chance), only where "
-    "the probe beats the chance of both pairs by 0.2. Means are over these facts."
+    "documents, of the difference over the same documents for both."
+)
+
+FACTS_NOTE = (
+    "Recall: named correctly, of the rows that have the fact. Precision: of the protocol's own rows that name it. Captured "
+    "share: (recall - chance) / (probe - chance), only where the probe beats the chance of both pairs by 0.2. Means are over "
+    "these facts."
 )
 
 
@@ -127,4 +131,5 @@ def markdown(result: Comparison) -> str:
     parts = [f"**{headline(result)}**"]
     parts.append("\n".join(f"- {name}: {escape(value)}" for name, value in provenance(result)))
     parts += [f"**{title}**\n\n{markdown_table(*table)}" for title, table in tables(result)]
-    return "\n\n".join([*parts, NOTE]) + "\n"
+    parts.append(f"{NOTE} {FACTS_NOTE}" if result.facts else NOTE)
+    return "\n\n".join(parts) + "\n"

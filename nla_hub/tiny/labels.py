@@ -63,9 +63,7 @@ MARKS: dict[str, str] = {
 _UNMARK = {name: mark for mark, name in MARKS.items()}
 
 
-def label(
-    document: Document, char: int, clauses: Sequence[str] | None = None, *, share: float | None = None
-) -> str:
+def label(document: Document, char: int, clauses: Sequence[str] | None = None, *, share: float | None = None) -> str:
     """What a reader of `document.text[:char]` holds, most telling first.
 
     `clauses` keeps only some of `CLAUSES`; `share` keeps each of them with this probability, drawn from (document, char)

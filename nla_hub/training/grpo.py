@@ -36,12 +36,12 @@ from nla_hub.geometry import Reference
 from nla_hub.injection import Injector, find_markers
 from nla_hub.prompts import AVPrompt
 from nla_hub.training.data import TrainingRows
-from nla_hub.training.live_ar import LiveAR, fingerprint, moved
-from nla_hub.training.monitor import LOGPROB_LIMIT
 from nla_hub.training.recipe import RLSpec
-from nla_hub.training.rl_settings import lora_config, policy_rate
-from nla_hub.training.rollouts import Rollout, prompt_order, sample
-from nla_hub.training.scoring import Scoring
+from nla_hub.training.rl.live_ar import LiveAR, fingerprint, moved
+from nla_hub.training.rl.monitor import LOGPROB_LIMIT
+from nla_hub.training.rl.rollouts import Rollout, prompt_order, sample
+from nla_hub.training.rl.scoring import Scoring
+from nla_hub.training.rl.settings import lora_config, policy_rate
 
 DISAGREEMENT_16_BIT = 0.1
 """Mean |trainer - sampler| log-probability in 16 bit above which a run stops, twice what the monitor warns of: rounding stays

@@ -39,6 +39,7 @@ from nla_hub.training.run import RunDirectory, StageDirectory, timed
 from nla_hub.training.splits import UNLABELLED, data_splits, require_dev_held_out, require_held_out, split_documents
 from nla_hub.training.stages import IN_ALL_PROCESSES, Listener, require_stages, stages_of
 from nla_hub.training.state import TrainingState
+from nla_hub.training.view.report import write_report
 from nla_hub.weights import WEIGHTS_NAME
 
 if TYPE_CHECKING:
@@ -84,8 +85,12 @@ class Pipeline:
         require_stages(self.recipe, stages)
         check_recipe(self.recipe, world=self.processes.world)
         with self.run:
-            for name in stages:
-                self._execute(name)
+            try:
+                for name in stages:
+                    self._execute(name)
+            finally:
+                if self.processes.is_main:
+                    write_report(self.run.path)
         return self.pair_directory
 
     def _execute(self, name: str) -> None:
@@ -277,7 +282,7 @@ class Pipeline:
         return dataclasses.asdict(result)
 
     def _rl(self, directory: StageDirectory) -> dict[str, Any]:
-        from nla_hub.training.rl import train_rl
+        from nla_hub.training.rl.stage import train_rl
 
         torch.manual_seed(self.recipe.seed)
         watch = self.run.stage("ar").path / WATCH
@@ -354,7 +359,9 @@ class Pipeline:
 
     def _eval_size(self) -> dict[str, Any]:
         documents = self.recipe.eval.documents
-        return {} if documents is None else {"documents": documents, "facts": False, "probe_documents": documents}
+        if documents is not None:
+            return {"documents": documents, "facts": False, "probe_documents": documents}
+        return {"sampled": self.recipe.rl is not None}  # what the AV was paid for
 
     def _exported_base(self) -> Path:
         exported = self.pair_directory / "source"

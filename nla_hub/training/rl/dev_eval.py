@@ -32,7 +32,7 @@ from nla_hub.prompts import ARPrompt, parse_explanation
 from nla_hub.reconstructor import ARModel, Reconstructor
 from nla_hub.sidecar import Sidecar
 from nla_hub.training.data import TrainingRows
-from nla_hub.training.reward import repeated_pairs
+from nla_hub.training.rl.reward import repeated_pairs
 
 Named = Callable[[str], Mapping[str, Hashable]]
 """The facts that a text names."""

@@ -14,7 +14,8 @@ from typing import Any
 from nla_hub import yaml_io
 from nla_hub.evaluation.render import NOT_MEASURED, interval, number
 from nla_hub.geometry import FVE
-from nla_hub.training.records import (
+from nla_hub.training.view.charts import rl_charts, supervised_charts
+from nla_hub.training.view.records import (
     RunRecord,
     before_and_after,
     duration,
@@ -27,8 +28,7 @@ from nla_hub.training.records import (
     shown,
     text_of,
 )
-from nla_hub.training.run_charts import rl_charts, supervised_charts
-from nla_hub.training.svg import STYLE as CHART_STYLE
+from nla_hub.training.view.svg import STYLE as CHART_STYLE
 
 NAME = "report.html"
 

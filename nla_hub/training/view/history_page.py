@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nla_hub.training.records import duration, held_out_fve
+from nla_hub.training.view.records import duration, held_out_fve
 
-COMMAND = "python -m nla_hub.training.history --markdown"
+COMMAND = "python -m nla_hub.training.view.history --markdown"
 
 FIGURES = {"held_out_fve_of_labels": "FVE of the labels (raw variance, held-out rows)"}
 

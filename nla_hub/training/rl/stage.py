@@ -23,12 +23,12 @@ from nla_hub.prompts import ARPrompt, AVPrompt
 from nla_hub.reconstructor import ARModel
 from nla_hub.sidecar import Sidecar
 from nla_hub.training.data import TrainingRows
-from nla_hub.training.dev_eval import DevEvaluation
-from nla_hub.training.live_ar import LiveAR
 from nla_hub.training.loop import Report
-from nla_hub.training.monitor import Alarm, Monitor
 from nla_hub.training.processes import Processes
 from nla_hub.training.recipe import Recipe, RLSpec
+from nla_hub.training.rl.dev_eval import DevEvaluation
+from nla_hub.training.rl.live_ar import LiveAR
+from nla_hub.training.rl.monitor import Alarm, Monitor
 from nla_hub.training.run import StageDirectory
 from nla_hub.training.splits import data_splits, split_documents
 
@@ -71,7 +71,7 @@ def train_rl(
         TrainingError: log-probabilities disagree, losses stay non-finite; the last checkpoint is kept.
     """
     from nla_hub.training.grpo import RLTrainer
-    from nla_hub.training.rl_settings import grpo_config
+    from nla_hub.training.rl.settings import grpo_config
 
     assert recipe.rl is not None
     spec = recipe.rl if max_steps is None else dataclasses.replace(recipe.rl, steps=min(recipe.rl.steps, max_steps))
@@ -176,7 +176,7 @@ class Conductor:
 
     def run(self) -> dict[str, Any]:
         """Train to the end; the summary of the stage."""
-        from nla_hub.training.rl_callback import StepCallback
+        from nla_hub.training.rl.callback import StepCallback
 
         place = self.processes.on_main(self._last_checkpoint)
         if place is not None:

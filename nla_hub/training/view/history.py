@@ -1,7 +1,7 @@
 """The whole history of a run as compact data, and as a page.
 
-    python -m nla_hub.training.history RUN > model_cards/tiny/history.json
-    python -m nla_hub.training.history --markdown model_cards/tiny/history.json > docs/tiny-training.md
+    python -m nla_hub.training.view.history RUN > model_cards/tiny/history.json
+    python -m nla_hub.training.view.history --markdown model_cards/tiny/history.json > docs/tiny-training.md
 
 The data are what the run's files hold, fewer lines of them and rounded; nothing is measured again.
 """
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nla_hub.errors import NLAError, RunError
-from nla_hub.training.history_page import render
-from nla_hub.training.records import (
+from nla_hub.training.view.history_page import render
+from nla_hub.training.view.records import (
     RunRecord,
     StageRecord,
     figure,
@@ -206,7 +206,7 @@ def thinned(rows: Sequence[T], at_most: int) -> list[T]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the history of a run as JSON, or the page of one that was printed before; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m nla_hub.training.history", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m nla_hub.training.view.history", description=main.__doc__)
     parser.add_argument("place", metavar="RUN", type=Path, help="a run directory; with --markdown a history.json")
     parser.add_argument("--markdown", action="store_true", help="print the page of a history.json")
     given = parser.parse_args(arguments)
@@ -226,7 +226,9 @@ def _read(path: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as cause:
         raise RunError(
-            "This history cannot be read.", where=path, next_step="print one: python -m nla_hub.training.history RUN"
+            "This history cannot be read.",
+            where=path,
+            next_step="print one: python -m nla_hub.training.view.history RUN",
         ) from cause
     return found
 

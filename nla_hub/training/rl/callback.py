@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from nla_hub.training.rl import Conductor
+from nla_hub.training.rl.stage import Conductor
 
 
 class StepCallback(TrainerCallback):

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from nla_hub.geometry import Reference, cosine, fve_value
 from nla_hub.training.data import TrainingRows
-from nla_hub.training.live_ar import LiveAR
 from nla_hub.training.recipe import RLSpec
-from nla_hub.training.reward import contrast, repeated_pairs, reward, sample_mse
-from nla_hub.training.rl_settings import rate
-from nla_hub.training.rollouts import Rollout, step_seed
+from nla_hub.training.rl.live_ar import LiveAR
+from nla_hub.training.rl.reward import contrast, repeated_pairs, reward, sample_mse
+from nla_hub.training.rl.rollouts import Rollout, step_seed
+from nla_hub.training.rl.settings import rate
 
 STATUSES = ("ok", "truncated", "no_tags", "empty")
 
