@@ -86,6 +86,7 @@ def make_trainer(
     seed: int = 0,
     callbacks: Sequence[Any] = (),
     make_engine: Any = TaggingEngine,
+    report_to: Sequence[str] = (),
     **changes: Any,
 ) -> tuple[RLTrainer, Watcher]:
     """A trainer of `SPEC` with `changes` on a pair on disk, and what will know its figures."""
@@ -113,7 +114,7 @@ def make_trainer(
     trainer = RLTrainer(
         av,
         copy.deepcopy(loaded.model) if spec.beta and spec.lora is None else None,
-        grpo_config(spec, directory, seed=seed, world=world, on_cpu=True, bf16=False),
+        grpo_config(spec, directory, seed=seed, world=world, on_cpu=True, bf16=False, report_to=report_to),
         spec,
         data,
         make_ar=make_ar,

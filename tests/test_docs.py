@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import textwrap
@@ -13,13 +14,20 @@ from typing import Any
 import pytest
 
 from nla_hub.cli.reference import reference
+from nla_hub.publish import tiny_rl
 from nla_hub.publish.card import tiny_card
+from nla_hub.training.view.history import render
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("model_cards/**/*.md")])
 RUN_PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 
-GENERATED: dict[str, Callable[[], str]] = {"docs/cli.md": reference, "model_cards/tiny.md": tiny_card}
+GENERATED: dict[str, Callable[[], str]] = {
+    "docs/cli.md": reference,
+    "docs/tiny-rl.md": tiny_rl.page,
+    "docs/tiny-training.md": lambda: render(json.loads((ROOT / "model_cards/tiny/history.json").read_text("utf-8"))),
+    "model_cards/tiny.md": tiny_card,
+}
 """Page -> what it must hold. To renew one: see its first line."""
 
 FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=indent)```[ ]*$", re.M | re.S)

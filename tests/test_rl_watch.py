@@ -33,7 +33,7 @@ from nla_hub.training.data import TrainingRows, collect
 from nla_hub.training.grpo import RLTrainer
 from nla_hub.training.processes import Processes
 from nla_hub.training.rl.dev_eval import DevEvaluation
-from nla_hub.training.rl.stage import Conductor
+from nla_hub.training.rl.stage import CURVES, Conductor, keep_curves
 from nla_hub.training.run import StageDirectory
 
 pytestmark = pytest.mark.train
@@ -120,6 +120,14 @@ def test_what_a_run_reports_to_gets_our_figures_and_the_evaluations(run: Run) ->
             assert name in logs
     held_out = [logs for logs in logged if "held_out/fve" in logs]
     assert [logs["held_out/fve"] for logs in held_out] == [run.lines[-1]["evaluation"]["fve"]]
+
+
+def test_curves_for_tensorboard_stay_in_the_run(run: Run, tmp_path: Path) -> None:
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="needs the log extra")
+    run(lambda trainer: keep_curves(trainer, tmp_path / CURVES), steps=2, report_to=("tensorboard",))
+    curves = reader.EventAccumulator(str(tmp_path / CURVES)).Reload()
+    assert [e.value for e in curves.Scalars("train/nla/fve")] == pytest.approx([f["fve"] for f in run.steps])
+    assert "train/reward" in curves.Tags()["scalars"]
 
 
 def test_a_reward_ar_that_reads_a_hidden_code_is_noticed(run: Run) -> None:

@@ -13,7 +13,9 @@ from nla_hub.nla import NLA
 CARD = Path(__file__).resolve().parents[1] / "model_cards" / "tiny"
 
 BARS = (
-    "fve>=0.65",
+    "fve>=0.70",
+    "fve_sampled>=0.60",
+    "ok_sampled>=0.99",
     "fve>floor",
     "fve>floor_linear",
     "ok>=0.99",
@@ -33,7 +35,7 @@ def pair() -> NLA:
 
 @pytest.fixture(scope="module")
 def measured(pair: NLA) -> EvalResult:
-    return run_protocol(pair, "tiny-eval-v1", with_source_check=True)
+    return run_protocol(pair, "tiny-eval-v1", with_source_check=True, sampled=True)
 
 
 def test_the_pair_clears_its_bars(measured: EvalResult) -> None:
@@ -59,9 +61,26 @@ def test_no_evaluation_document_was_trained_on(measured: EvalResult) -> None:
 def test_measuring_again_gives_the_cards_figures(measured: EvalResult) -> None:
     stored = EvalResult.from_dict(json.loads((CARD / "eval.json").read_text(encoding="utf-8")))
     # Greedy texts may differ in a few near-ties between versions of torch; nothing else is random.
-    for name in ("fve", "cosine", "permuted", "floor", "ceiling"):
+    for name in ("fve", "fve_sampled", "cosine", "permuted", "floor", "ceiling"):
         assert measured.figures()[name] == pytest.approx(stored.figures()[name], abs=0.01), name
     assert measured.statuses == pytest.approx(stored.statuses, abs=3)
+
+
+def test_reinforcement_learning_cost_no_facts() -> None:
+    stored = json.loads((CARD / "rl" / "warm-start.json").read_text(encoding="utf-8"))
+    assert stored["n"] == 1200
+    assert len(stored["gated"]) >= 10
+    assert stored["share"]["difference"]["high"] >= 0, "the captured share is lower than before, beyond its interval"
+    assert stored["fve"]["difference"]["low"] > 0
+
+
+def test_a_weak_warm_start_gains_from_it_on_every_seed() -> None:
+    stored = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((CARD / "rl").glob("weak-*.json"))]
+    assert len(stored) == 3
+    for comparison in stored:
+        assert comparison["n"] == 1200
+        assert comparison["fve"]["difference"]["value"] >= 0.15
+        assert comparison["ok"]["a"]["value"] >= 0.99
 
 
 def test_editing_the_person_flips_the_answer_and_a_random_direction_does_not(pair: NLA) -> None:

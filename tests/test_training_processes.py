@@ -30,8 +30,8 @@ prompts:
   ar: "<text>{explanation}</text>"
 data: {corpus: tiny-world, positions: 4, min_position: 4}
 labels: {labeler: tiny}
-ar: {documents: 100, batch_size: 8, lr: 3.0e-3}
-av: {documents: 100, batch_size: 8, lr: 3.0e-3}
+ar: {documents: 110, batch_size: 8, lr: 3.0e-3}
+av: {documents: 110, batch_size: 8, lr: 3.0e-3}
 eval: {protocol: tiny-eval-v1, documents: 12}
 export: {dtype: float32}
 """
@@ -112,7 +112,7 @@ def test_two_processes_have_the_losses_of_one(recipe: Path, tmp_path: Path) -> N
         assert [code for code, _, _ in ends] == [0] * world, ends
     for stage in ("ar", "av"):
         one, two = (losses(tmp_path / str(world), stage) for world in (1, 2))
-        assert len(one) >= 45
+        assert len(one) >= 50
         assert one[0] != one[-1]
         assert two == pytest.approx(one, abs=1e-4), stage
 
@@ -130,6 +130,32 @@ def test_a_run_in_two_processes_has_one_voice_and_is_continued(recipe: Path, tmp
     assert (code, other_code) == (0, 0), told
     assert told.count("already done") == 6
     assert stamps == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.name != ".lock"}
+
+
+RL = """
+rl:
+  {documents: 20, steps: 4, lr: 1.0e-4, ar_lr: 1.0e-4, prompts: 4, group: 4, micro_batch: 8, max_new_tokens: 40,
+   rollout_block: 8, evaluate_every: 2, evaluate_rows: 8, checkpoint_every: 2}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.train
+def test_the_whole_of_a_run_with_rl_in_two_processes(tmp_path: Path) -> None:
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text(RECIPE + RL, encoding="utf-8")
+    for world in (1, 2):
+        ends = launch(["-m", "nla_hub", "train", str(recipe), "-o", str(tmp_path / str(world))], world)
+        assert [code for code, _, _ in ends] == [0] * world, ends
+    one, two = (
+        [json.loads(line) for line in (tmp_path / str(world) / "rl" / "metrics.jsonl").read_text("utf-8").splitlines()]
+        for world in (1, 2)
+    )
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    for alone, together in zip(one, two, strict=True):
+        for name in ("mse", "ar_loss", "kl", "reward", "cosine"):
+            if name in alone:
+                assert together[name] == pytest.approx(alone[name], abs=1e-4), (alone["step"], name)
 
 
 def test_what_the_main_process_refuses_ends_all_of_them(recipe: Path, tmp_path: Path) -> None:

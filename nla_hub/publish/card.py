@@ -1,8 +1,8 @@
 """Model cards, rendered from measured results.
 
 `python -m nla_hub.publish.card` prints the card of the packaged pair from `model_cards/tiny/eval.json` and
-`model_cards/tiny/steering.json`, which `nla-hub eval tiny --source-check --json` and `nla-hub steer --table --json` write. A
-stale card fails the tests.
+`model_cards/tiny/steering.json`, which `nla-hub eval tiny --source-check --sampled --json` and `nla-hub steer --table --json`
+write. A stale card fails the tests.
 """
 
 from __future__ import annotations
@@ -24,9 +24,12 @@ activation verbalizer (AV) that describes its residual stream in words, and the 
 words back into a vector. It exists so that everything in nla-hub can be tried, taught and tested offline, against a world
 whose facts are known. It says nothing about large models.
 
-- Architecture: Llama, trained from nothing by `nla-hub train tiny` ([recipe](../recipes/tiny.yaml), supervised stages only)
+- Architecture: Llama, trained from nothing by `nla-hub train tiny` ([recipe](../recipes/tiny.yaml)): a supervised warm
+  start, then AV and AR together by reinforcement learning (GRPO)
 - Licence: Apache-2.0; the training documents are made by a grammar that is part of the package
-- How it was made and how to make it again: [docs/tiny.md](../docs/tiny.md)
+- How it was made and how to make it again: [docs/tiny.md](../docs/tiny.md); the
+  history of its run: [docs/tiny-training.md](../docs/tiny-training.md); what the reinforcement learning changed:
+  [docs/tiny-rl.md](../docs/tiny-rl.md)
 
 ## What it is not
 

@@ -67,7 +67,6 @@ class Step:
     rollout: Rollout
     before: Tensor
     figures: dict[str, Any] = field(default_factory=dict)
-    rewards: list[float] = field(default_factory=list)
     differences: list[Tensor] = field(default_factory=list)
     ratios: list[Tensor] = field(default_factory=list)
     loss_difference: float = 0.0
@@ -82,10 +81,12 @@ class RLTrainer(GRPOTrainer):  # type: ignore[misc]
         av: the AV that the stage starts from; its model is trained.
         reference: a frozen copy of its model for the KL term; None with LoRA (the adapter is switched off) or beta 0.
         args: see `grpo_config`.
-        data: the vectors to explain; labels: rows for the AR beside its samples.
-        ar, watch: the AR that pays, and the one that never does.
+        data: the vectors to explain.
+        make_ar: given the accelerator, the AR that pays, and the one that never does (or None).
+        labels: rows that the ARs learn from beside the samples, where the recipe has a `label_share`.
         baseline: reference of the FVE that is reported.
         seed: of order and samples.
+        make_engine: what samples from the AV.
 
     Attributes:
         finished: figures of the last finished step.

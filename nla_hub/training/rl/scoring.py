@@ -57,10 +57,13 @@ class Scoring:
         tokens = torch.tensor([len(c.ids) for c in rollout.completions])
         beaten = self._contrast(rollout, predicted, own, usable) if self.spec.reward.contrastive else None
         rewards = reward(self.spec.reward, mse=mse, tokens=tokens, repetition=repetition, contrast=beaten)
+        rows = torch.tensor(rollout.rows)
+        foreign_vector = rows != rows.roll(self.spec.group)  # False where this process has samples of one vector only
         values = {
             "mse": mse,
             "cosine": own,
-            "cosine_shuffled": cosine(predicted, rollout.vectors.roll(self.spec.group, dims=0)),
+            "cosine_shuffled": cosine(predicted, rollout.vectors.roll(self.spec.group, dims=0)) * foreign_vector,
+            "foreign_vector": foreign_vector,
             "repetition": repetition,
             "ok": usable,
         }
@@ -123,9 +126,12 @@ class Scoring:
             [*(float(v.double().sum()) for v in values.values()), *(statuses[s] for s in STATUSES), len(rollout)]  # type: ignore[index]
         ).tolist()
         means = dict(zip(values, (value / sums[-1] for value in sums), strict=False))
+        foreign = means.pop("foreign_vector")
+        shuffled = means["cosine_shuffled"] / foreign if foreign else None
         counted = zip(STATUSES, sums[len(values) : -1], strict=True)
         return {
             **means,
+            "cosine_shuffled": shuffled,
             "statuses": {name: int(count) for name, count in counted if count},
             "fve": fve_value([means["mse"]], self.baseline.raw_variance),
             "fve_mean_norm": fve_value([means["mse"]], self.baseline.mean_norm),

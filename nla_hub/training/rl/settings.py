@@ -28,7 +28,15 @@ def policy_rate(step: int, spec: RLSpec) -> float:
 
 
 def grpo_config(
-    spec: RLSpec, directory: Path, *, seed: int, world: int, on_cpu: bool, bf16: bool, report_to: Sequence[str] = ()
+    spec: RLSpec,
+    directory: Path,
+    *,
+    seed: int,
+    world: int,
+    on_cpu: bool,
+    bf16: bool,
+    report_to: Sequence[str] = (),
+    run_name: str | None = None,
 ) -> GRPOConfig:
     """TRL's configuration of a recipe; every default of TRL that matters is set on purpose.
 
@@ -73,15 +81,22 @@ def grpo_config(
         logging_steps=1,
         save_strategy="no",  # checkpoints are written at the end of a step, by whoever sets control.should_save
         report_to=list(report_to) or "none",
+        run_name=run_name,
+        **_where_known(project="nla-hub"),
         disable_tqdm=True,
     )
 
 
 def _checkpointing(wanted: bool) -> dict[str, Any]:
-    """The setting by its present name; transformers before 5.20 or so knows only the old one, which TRL sets."""
-    if any(f.name == "activation_checkpointing" for f in fields(GRPOConfig)):
-        return {"activation_checkpointing": wanted, "gradient_checkpointing": None}
-    return {"gradient_checkpointing": wanted}
+    """The setting by its present name; older releases of transformers know only the one that TRL sets."""
+    new = _where_known(activation_checkpointing=wanted)
+    return {**new, "gradient_checkpointing": None if new else wanted}
+
+
+def _where_known(**settings: Any) -> dict[str, Any]:
+    """The settings that the installed transformers has."""
+    known = {f.name for f in fields(GRPOConfig)}
+    return {name: value for name, value in settings.items() if name in known}
 
 
 def lora_config(spec: RLSpec) -> Any:

@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 OURS, COMPLETE = "rl.pt", "COMPLETE"
 """Beside the Trainer's own files in a checkpoint: both ARs, their optimizers, the monitor; and the mark written last."""
 
+CURVES = "tensorboard"
+"""Folder of the run directory that TensorBoard reads, where the run reports to it."""
+
 STOPPING_ALARM = "precision_falls"
 """The alarm on which a recipe with `precision_drop` ends its training."""
 
@@ -112,6 +115,7 @@ def train_rl(
         on_cpu=device.type == "cpu",
         bf16=loaded.model.dtype == torch.bfloat16 and device.type != "cpu",
         report_to=report_to if processes.is_main else (),
+        run_name=f"{recipe.name}-{recipe.digest()}",
     )
     trainer = RLTrainer(
         av,
@@ -124,6 +128,7 @@ def train_rl(
         baseline=evaluation.reference,
         seed=recipe.seed,
     )
+    keep_curves(trainer, run_stage.path.parent / CURVES)
     stage = Conductor(trainer, spec, evaluation, run_stage, report, processes)
     summary = stage.run()
     if processes.is_main:
@@ -134,6 +139,13 @@ def train_rl(
         save_ar(run_stage.checkpoint / "ar", ar.trunk, ar.head, tokenizer, ar_sidecar, dtype=torch.float32)
     trainer.accelerator.wait_for_everyone()
     return summary
+
+
+def keep_curves(trainer: RLTrainer, directory: Path) -> None:
+    """Let TensorBoard write into the run, not into the state that is removed at the end."""
+    for callback in trainer.callback_handler.callbacks:
+        if type(callback).__name__ == "TensorBoardCallback" and callback.logging_dir is None:
+            callback.logging_dir = str(directory)
 
 
 def known_facts(
