@@ -101,11 +101,13 @@ class Adapter:
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PEFT or DDP wrapper."""
+    """The transformers model inside a DDP wrapper, a PEFT one, or the one around the other."""
+    inner = getattr(model, "module", None)
+    if isinstance(inner, nn.Module) and hasattr(inner, "config"):
+        model = inner
     if hasattr(model, "get_base_model"):
         return model.get_base_model()  # type: ignore[no-any-return, operator]
-    inner = getattr(model, "module", None)
-    return inner if isinstance(inner, nn.Module) and hasattr(inner, "config") else model
+    return model
 
 
 QWEN2 = Adapter(name="qwen2", model_types=("qwen2",))

@@ -173,6 +173,10 @@ class ARPrompt:
             )
         return ids
 
+    def fits(self, explanation: str) -> bool:
+        """Whether the AR reads an explanation to its end."""
+        return self.max_length is None or len(self._ids(explanation)) <= self.max_length
+
 
 # -- explanations --------------------------------------------------------------------------------------------
 

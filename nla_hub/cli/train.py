@@ -90,6 +90,9 @@ def _run(
         max_steps = STEPS
         for change in changes:
             output.message(f"rehearsal: {change}")
+        output.message(
+            "rehearsal: what it makes is worth nothing, and warnings about its explanations are to be expected"
+        )
     from nla_hub.training.checks import check_recipe, check_reporters
     from nla_hub.training.pipeline import Pipeline
     from nla_hub.training.run import RunDirectory

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from nla_hub import registry
 from nla_hub.errors import InputError, MissingExtraError, RecipeError
 from nla_hub.evaluation import get_protocol
 from nla_hub.training.data import make_labeler, open_corpus
@@ -73,6 +74,8 @@ def _rl_faults(recipe: Recipe, rl: RLSpec, world: int) -> Iterator[str]:
         yield f"rl.documents: {rl.documents} documents give {vectors} vectors, fewer than rl.prompts = {rl.prompts}"
     if rl.precision_drop is not None and recipe.data.corpus != TINY_WORLD:
         yield f"rl.precision_drop: the facts of the corpus {recipe.data.corpus!r} are not known, only {TINY_WORLD}'s are"
+    elif rl.precision_drop is not None and not hasattr(registry.labelers.get(recipe.labels.labeler), "named"):
+        yield f"rl.precision_drop: the labeler {recipe.labels.labeler!r} cannot read facts from a text"
 
 
 def check_reporters(names: Sequence[str]) -> None:

@@ -38,10 +38,13 @@ from nla_hub.prompts import AVPrompt
 from nla_hub.training.data import TrainingRows
 from nla_hub.training.recipe import RLSpec
 from nla_hub.training.rl.live_ar import LiveAR, fingerprint, moved
-from nla_hub.training.rl.monitor import LOGPROB_LIMIT
 from nla_hub.training.rl.rollouts import Rollout, prompt_order, sample
 from nla_hub.training.rl.scoring import Scoring
 from nla_hub.training.rl.settings import lora_config, policy_rate
+
+DISAGREEMENT = 1e-3
+"""Largest |trainer - sampler| log-probability of a token in float32 at which a run goes on: ten times what the monitor
+warns of, a tenth of the least that a lost vector was seen to do."""
 
 DISAGREEMENT_16_BIT = 0.1
 """Mean |trainer - sampler| log-probability in 16 bit above which a run stops, twice what the monitor warns of: rounding stays
@@ -199,8 +202,7 @@ class RLTrainer(GRPOTrainer):  # type: ignore[misc]
         started = time.perf_counter()
         rows = [int(x["row"]) for x in inputs]
         number = int(self.state.global_step) // self.per_step
-        before = fingerprint([p for p in self.model.parameters() if p.requires_grad])
-        self.step = Step(number, self._roll_out(rows), before)
+        self.step = Step(number, self._roll_out(rows), self.fingerprint())
         self.step.seconds["rollout"] = time.perf_counter() - started
         self._vectors = self.step.rollout.vectors
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
@@ -286,8 +288,8 @@ class RLTrainer(GRPOTrainer):  # type: ignore[misc]
         self.step.differences.append(gap.abs())
         self.step.ratios.append(gap.exp())
         wide = self._dtype == torch.float32
-        value = float(gap.abs().max() if wide else gap.abs().mean())
-        limit = LOGPROB_LIMIT if wide else DISAGREEMENT_16_BIT
+        value = self._worst(float(gap.abs().max() if wide else gap.abs().mean()))
+        limit = DISAGREEMENT if wide else DISAGREEMENT_16_BIT
         if not value <= limit:
             raise TrainingError(
                 "The trainer and the sampler do not see the same policy: their log-probabilities of the sampled tokens "
@@ -297,6 +299,11 @@ class RLTrainer(GRPOTrainer):  # type: ignore[misc]
                 expected=f"at most {limit:.0e} in {str(self._dtype).removeprefix('torch.')}",
                 next_step="one of the two lost its vectors or has other weights; nothing was learned from these samples",
             )
+
+    def _worst(self, value: float) -> float:
+        """The largest of all processes' values, NaN as infinity: all of them stop, or none."""
+        worst = torch.tensor([value if math.isfinite(value) else math.inf], device=self.accelerator.device)
+        return float(self.accelerator.gather(worst).max())
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -351,6 +358,10 @@ class RLTrainer(GRPOTrainer):  # type: ignore[misc]
 
     # -- optimizer and checkpoints ---------------------------------------------------------------------------
 
+    def fingerprint(self) -> Tensor:
+        """Some values of every weight that is trained, float64."""
+        return fingerprint([p for p in self.model.parameters() if p.requires_grad])
+
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The recipe's schedule, in steps rather than optimizer steps."""
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -373,6 +384,8 @@ class RLTrainer(GRPOTrainer):  # type: ignore[misc]
         """As TRL's; with the last optimizer step of a step our figures join, for whatever the run reports to."""
         if "loss" in logs and self.state.global_step % self.per_step == 0:
             self.finished = self._finish_step()
+            for name in [n for n in logs if "clipped_ratio" in n or "terminated" in n]:
+                del logs[name]  # TRL takes a text that ends with the closing tag for cut off
             logs |= {f"nla/{k}": v for k, v in self.finished.items() if isinstance(v, (int, float))}
         super().log(logs, *args, **options)
 
@@ -380,7 +393,6 @@ class RLTrainer(GRPOTrainer):  # type: ignore[misc]
         """The figures of the step whose last optimizer step was just made, over all processes."""
         step = self.step
         assert step is not None
-        after = fingerprint([p for p in self.model.parameters() if p.requires_grad])
         step.seconds["policy"] -= step.seconds["rollout"] + step.seconds["reward"]
         gaps, ratios = torch.cat(step.differences), torch.cat(step.ratios)
         kl = torch.cat(step.kl) if step.kl else torch.empty(0)
@@ -403,11 +415,11 @@ class RLTrainer(GRPOTrainer):  # type: ignore[misc]
             "ratio_min": -ratio_min,
             "ratio_max": ratio_max,
             "loss_difference": loss_difference,
-            "policy_update": moved(step.before, after),
+            "policy_update": moved(step.before, self.fingerprint()),
             "beta": self.spec.beta,
             "dtype": str(self._dtype).removeprefix("torch."),
             "skipped": self.skipped + self.scoring.skipped,
-            "in_a_row": self.in_a_row,
+            "in_a_row": max(self.in_a_row, self.scoring.in_a_row),
             **{f"seconds_{name}": round(value, 3) for name, value in step.seconds.items()},
         }
 

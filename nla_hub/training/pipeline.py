@@ -1,7 +1,7 @@
 """The stages of a run: source -> data -> ar -> av -> (rl) -> export -> eval, each resumable by its DONE.
 
 What they are made of lies elsewhere: `stages.py` (names and order), `checks.py` (what is refused at once), `splits.py`
-(which documents), `data.py` (rows), `contract.py` (sidecars and the score), `loop.py` (the supervised loop), `rl.py`,
+(which documents), `data.py` (rows), `contract.py` (sidecars and the score), `loop.py` (the supervised loop), `rl/`,
 `run.py` (the directory), `state.py` (what a killed stage continues from), `processes.py` (several processes).
 """
 
@@ -19,7 +19,7 @@ import torch
 
 from nla_hub import yaml_io
 from nla_hub.checkpoints import LoadOptions, load_ar, load_causal_lm, load_tokenizer, load_trunk
-from nla_hub.errors import RunError
+from nla_hub.errors import RecipeError, RunError
 from nla_hub.evaluation import run_protocol
 from nla_hub.evaluation.tiny_rows import base_rows, source_tokenizer
 from nla_hub.export import save_ar, save_av, save_source
@@ -29,6 +29,7 @@ from nla_hub.locate import zoo_ref
 from nla_hub.nla import NLA, Source
 from nla_hub.prompts import ARPrompt, AVPrompt
 from nla_hub.sidecar import Sidecar, Site
+from nla_hub.source_text import context_length
 from nla_hub.training.ar_regression import init_ar, train_ar
 from nla_hub.training.av_sft import train_av
 from nla_hub.training.checks import check_recipe, source_settings
@@ -50,6 +51,10 @@ WATCH = "watch"
 
 WATCH_SEED_OFFSET = 1
 """What the second AR's seed, the order of its rows, differs by."""
+
+
+TRAINED = LoadOptions(dtype="float32")
+"""Weights that are trained as a whole: in bfloat16 most updates of usual learning rates are rounded away."""
 
 
 class Pipeline:
@@ -189,6 +194,7 @@ class Pipeline:
     def _data(self, directory: StageDirectory) -> dict[str, Any]:
         require_dev_held_out(self.recipe)
         labeler = make_labeler(self.recipe.labels)
+        self._require_room()
         counts = {}
         for split, n in data_splits(self.recipe).items():
             documents = split_documents(self.recipe, split, n)
@@ -198,6 +204,16 @@ class Pipeline:
             counts[split] = len(rows)
             self.listener.metrics("data", {"split": split, "documents": len(documents), "rows": len(rows)})
         return {"rows": counts}
+
+    def _require_room(self) -> None:
+        """Raise a RecipeError where the AV cannot write answers as long as the rl stage asks for."""
+        limit = context_length(self.source.loaded.model.config)
+        if self.recipe.rl is not None and limit is not None and self.recipe.rl.max_new_tokens >= limit:
+            raise RecipeError(
+                "The AV cannot write answers as long as this.",
+                got=f"rl.max_new_tokens: {self.recipe.rl.max_new_tokens}",
+                expected=f"fewer than the {limit} tokens that the base model reads, its prompt included",
+            )
 
     def _dataset_meta(self, split: str) -> dict[str, Any]:
         return {
@@ -260,7 +276,7 @@ class Pipeline:
     def _av(self, directory: StageDirectory) -> dict[str, Any]:
         torch.manual_seed(self.recipe.seed)
         sidecar, _ = self.sidecars
-        loaded = load_causal_lm(self.base_directory, self.options)
+        loaded = load_causal_lm(self.base_directory, TRAINED)
         tokenizer = self.source.tokenizer
         assert sidecar.marker is not None
         result = train_av(

@@ -157,6 +157,8 @@ class LoRASpec:
         for name in ("r", "alpha"):
             if getattr(self, name) < 1:
                 yield f"{name}: got {getattr(self, name)}, expected 1 or more"
+        if not self.targets:
+            yield "targets: got none, expected all-linear or names of modules"
         if "lm_head" in self.targets:
             yield "targets: lm_head cannot carry an adapter, its log-probabilities are computed from the weight itself"
 
@@ -229,6 +231,10 @@ class RLSpec:
                 yield f"{name}: got {getattr(self, name)}, expected 0 or more"
         if self.group < 2:
             yield f"group: got {self.group}, expected 2 or more: advantages are differences within a group"
+        if self.evaluate_rows == 1:
+            yield "evaluate_rows: got 1, expected 2 or more: a variance is measured on them"
+        if self.precision_drop is not None and not self.precision_drop >= 0:
+            yield f"precision_drop: got {self.precision_drop}, expected 0 or more"
         if not 0 <= self.beta2 < 1:
             yield f"beta2: got {self.beta2}, expected 0 or more and less than 1"
         if not 0 <= self.final_lr <= 1:

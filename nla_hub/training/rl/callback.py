@@ -18,6 +18,11 @@ class StepCallback(TrainerCallback):
         self.conductor = conductor
         self.logs: dict[str, list[float]] = defaultdict(list)
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        """A continued run has loaded its weights."""
+        self.conductor.check_restored()
+        return control
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> Any:
         """A step is finished with its last optimizer step; then decide on checkpoint and stop."""
         if not logs or "loss" not in logs:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nla_hub.batching import check_batch_size
 from nla_hub.engines.base import Engine
-from nla_hub.errors import ContextLengthError, InputError
+from nla_hub.errors import InputError
 from nla_hub.evaluation.facts import Facts, fact_row
 from nla_hub.evaluation.stats import mean_interval
 from nla_hub.geometry import (
@@ -238,7 +238,7 @@ class DevEvaluation:
     def _reconstruct(self, ar: ARModel, texts: Sequence[str | None]) -> list[Tensor | None]:
         """The AR's vector [d] of each text; None where there is no text that it can read."""
         sidecar = Sidecar(role="ar", d_model=self.rows.vectors.shape[1], site=self.rows.site)
-        readable = {i: text for i, text in enumerate(texts) if text is not None and self._fits(text)}
+        readable = {i: text for i, text in enumerate(texts) if text is not None and self._prompt.fits(text)}
         vectors = Reconstructor(ar, self._prompt, sidecar, "held-out evaluation").reconstruct(
             list(readable.values()), batch_size=self._batch_size
         )
@@ -246,13 +246,6 @@ class DevEvaluation:
         for i, vector in zip(readable, vectors, strict=True):
             found[i] = vector
         return found
-
-    def _fits(self, text: str) -> bool:
-        try:
-            self._prompt.encode(text)
-        except ContextLengthError:
-            return False
-        return True
 
     def _scores(self, found: Sequence[Tensor | None]) -> tuple[list[float | None], list[float]]:
         """Cosine (None: unusable) and counted mse of each row."""

@@ -30,7 +30,7 @@ class ARUpdate:
 
     loss: float | None
     gradient: float | None
-    change: float
+    change: float | None
     skipped: bool
 
 
@@ -94,7 +94,7 @@ class LiveAR:
         self._loss, self._count = 0.0, 0
         loss = float(sums[0] / sums[1]) if float(sums[1]) else None
         if self.optimizer is None or loss is None:
-            return ARUpdate(loss, None, 0.0, skipped=False)
+            return ARUpdate(loss, None, None, skipped=False)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self._reduce(parameters)
         norm = float(nn.utils.clip_grad_norm_(parameters, self.spec.clip))

@@ -55,7 +55,8 @@ LOSS_TOLERANCE_16_BIT = 1e-2
 
 LOGPROB_LIMIT = 1e-4
 """Largest difference between the sampler's and the trainer's log-probability of a token in float32: "equal" as this project
-defines it. A lost or displaced vector gives differences above 0.01."""
+defines it. Honest steps of the tiny pair stay below 6e-5; a lost or displaced vector gives differences above 0.01, and
+the trainer itself stops at a tenth of that."""
 
 LOGPROB_MEAN_LIMIT_16_BIT = 0.05
 """Mean difference in 16 bit, where single tokens differ by much more and prove nothing. Chosen from the 8 bits of bfloat16, not
@@ -72,6 +73,9 @@ ENTROPY_SHARE = 0.1
 
 REPETITION_GROWTH = 0.1
 """Growth of the share of repeated word pairs: one pair in ten more than at the beginning is visible in any text."""
+
+STOPPING = ("non_finite",)
+"""Alarms that end a run."""
 
 SIXTEEN_BIT = ("bfloat16", "float16")
 FROZEN = (("frozen_av/update", "lr", "policy_update"), ("frozen_ar/update", "ar_lr", "ar_update"))
@@ -96,8 +100,8 @@ NOT_HELD = (
 
 MESSAGES = {
     "non_finite/steps": (
-        "{value:.0f} steps in a row had a loss or gradient that is not finite and were left out. Usually a learning rate "
-        "is far too high, or 16 bit overflows. Lower lr and ar_lr and continue from an earlier checkpoint."
+        "{value:.0f} optimizer steps in a row had a loss or gradient that is not finite and were left out. Usually a "
+        "learning rate is far too high, or 16 bit overflows. Start another run with a lower lr and ar_lr."
     ),
     "logprobs_disagree/sampler": (
         "Trainer and sampler give the same tokens log-probabilities that differ by {value:.1e} (allowed "
@@ -332,7 +336,8 @@ class Monitor:
             monitor._first = {name: [float(v) for v in values] for name, values in data["first"].items()}
             monitor._last = {name: [float(v) for v in values] for name, values in data["last"].items()}
             monitor._streaks = {key: int(n) for key, n in data["streaks"].items()}
-            monitor._on = set(data["on"])
+            # What stopped a run is said again if it is still so: the same command tries once more.
+            monitor._on = {key for key in data["on"] if _name(key) not in STOPPING}
             monitor._moved = bool(data["moved"])
             monitor._best_precision = data["best_precision"]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -361,7 +366,7 @@ def _logprobs(figures: Mapping[str, Any]) -> Iterator[_Check]:
     if value is not None:
         limit = LOGPROB_MEAN_LIMIT_16_BIT if loose else LOGPROB_LIMIT
         wrong = not value <= limit  # NaN disagrees
-        yield _Check("logprobs_disagree/sampler", wrong, value, limit, clear=1, fatal=not loose)
+        yield _Check("logprobs_disagree/sampler", wrong, value, limit, clear=1)
 
 
 def _frozen(figures: Mapping[str, Any]) -> Iterator[_Check]:

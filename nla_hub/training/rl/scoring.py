@@ -41,7 +41,7 @@ class Scoring:
     ) -> None:
         self.ar, self.watch, self.spec, self.accelerator = ar, watch, spec, accelerator
         self.labels, self.baseline, self.seed = labels, baseline, seed
-        self.skipped = 0
+        self.skipped, self.in_a_row = 0, 0
 
     def score(self, rollout: Rollout, step: int) -> tuple[Tensor, dict[str, Any]]:
         """Rewards of this process's samples, float32 [n], and figures over all processes; then both ARs learn.
@@ -49,8 +49,9 @@ class Scoring:
         Every figure about a sample is from before the update on it, for both ARs alike.
         """
         usable = torch.zeros(len(rollout), dtype=torch.bool)
-        usable[rollout.usable] = True
-        predicted, foreign = self._predict(rollout, step)
+        readable = [i for i in rollout.usable if self.ar.prompt.fits(str(rollout.texts[i]))]
+        usable[readable] = True
+        predicted, watched = self._predict(rollout, readable, step)
         own = cosine(predicted, rollout.vectors)
         mse = sample_mse(own, usable)
         repetition = torch.tensor([repeated_pairs(c.text) for c in rollout.completions])
@@ -67,15 +68,15 @@ class Scoring:
             "repetition": repetition,
             "ok": usable,
         }
-        if foreign is not None:
-            values["watch_cosine"] = cosine(foreign, rollout.vectors)
+        if watched is not None:
+            values["watch_cosine"] = cosine(watched, rollout.vectors)
         if beaten is not None:
             values["contrast"] = beaten
         return rewards, {**self._figures(rollout, values), **self._learn(step)}
 
-    def _predict(self, rollout: Rollout, step: int) -> tuple[Tensor, Tensor | None]:
-        """What each AR makes of the samples, float32 [n, d], rows of zeros where there is no explanation."""
-        usable, extra = rollout.usable, self._label_rows(step)
+    def _predict(self, rollout: Rollout, usable: list[int], step: int) -> tuple[Tensor, Tensor | None]:
+        """What each AR makes of the `usable` samples, float32 [n, d], rows of zeros for the others."""
+        extra = self._label_rows(step)
         total = max(1, int(self._sum([len(usable), len(extra)]).sum()))
         texts = [str(rollout.texts[i]) for i in usable]
         found: list[Tensor | None] = []
@@ -106,9 +107,9 @@ class Scoring:
         device = self.accelerator.device
         rows = torch.tensor(rollout.rows)
         directions = nn.functional.normalize(rollout.vectors.double(), dim=-1)
-        everyone = nn.functional.normalize(predicted.double(), dim=-1).float()
+        mine = nn.functional.normalize(predicted.double(), dim=-1).float()
         all_predicted, all_rows, all_usable = (
-            self.accelerator.gather(part.to(device)).cpu() for part in (everyone, rows, usable)
+            self.accelerator.gather(part.to(device)).cpu() for part in (mine, rows, usable)
         )
         return contrast(
             own,
@@ -147,6 +148,8 @@ class Scoring:
                 continue
             update = ar.update(lr)
             self.skipped += update.skipped
+            if ar is self.ar:
+                self.in_a_row = self.in_a_row + 1 if update.skipped else 0
             figures |= {
                 f"{name}_loss": update.loss,
                 f"{name}_update": update.change,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ def rate(step: int, spec: RLSpec) -> float:
 
 
 def policy_rate(step: int, spec: RLSpec) -> float:
-    """`rate` for the AV, which rests while only the AR learns."""
-    return 0.0 if step < spec.ar_warmup else rate(step, spec)
+    """`rate` for the AV, which rests while only the AR learns and warms up after that."""
+    resting = spec.ar_warmup
+    return 0.0 if step < resting else rate(step - resting, replace(spec, steps=max(1, spec.steps - resting)))
 
 
 def grpo_config(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from nla_hub import registry
 from nla_hub.checkpoints import LoadOptions, load_ar, load_causal_lm
@@ -22,6 +23,7 @@ from nla_hub.nla import Source
 from nla_hub.prompts import ARPrompt, AVPrompt
 from nla_hub.reconstructor import ARModel
 from nla_hub.sidecar import Sidecar
+from nla_hub.source_text import context_length
 from nla_hub.training.data import TrainingRows
 from nla_hub.training.loop import Report
 from nla_hub.training.processes import Processes
@@ -78,20 +80,22 @@ def train_rl(
 
     assert recipe.rl is not None
     spec = recipe.rl if max_steps is None else dataclasses.replace(recipe.rl, steps=min(recipe.rl.steps, max_steps))
-    options, processes = LoadOptions(), Processes.here()
+    processes = Processes.here()
+    whole, adapted = LoadOptions(dtype="float32"), LoadOptions()  # see `pipeline.TRAINED`
     av_sidecar, ar_sidecar = sidecars
     tokenizer = source.tokenizer
     assert av_sidecar.marker is not None
-    loaded = load_causal_lm(av_directory, options)
+    loaded = load_causal_lm(av_directory, whole if spec.lora is None else adapted)
+    use_cache = loaded.model.config.use_cache
     injector = Injector(loaded.adapter, av_sidecar.injection, av_sidecar.marker)
     av = LoadedAV(loaded, tokenizer, AVPrompt.build(tokenizer, av_sidecar), injector)
     needs_copy = spec.beta > 0 and spec.lora is None
     reference = copy.deepcopy(loaded.model) if needs_copy else None
-    prompt = ARPrompt.build(tokenizer, ar_sidecar)
+    prompt = ARPrompt.build(tokenizer, ar_sidecar, max_length=context_length(source.loaded.model.config))
 
     def make_ar(accelerator: Any) -> tuple[LiveAR, LiveAR | None]:
         def live(directory: Path) -> LiveAR:
-            trunk, head = load_ar(directory, ar_sidecar, options)
+            trunk, head = load_ar(directory, ar_sidecar, whole)
             return LiveAR(ARModel(trunk.adapter, trunk.model, head), prompt, spec, accelerator)
 
         return live(ar_directory), None if watch_directory is None else live(watch_directory)
@@ -131,13 +135,16 @@ def train_rl(
     keep_curves(trainer, run_stage.path.parent / CURVES)
     stage = Conductor(trainer, spec, evaluation, run_stage, report, processes)
     summary = stage.run()
-    if processes.is_main:
+
+    def save() -> None:
         model = trainer.accelerator.unwrap_model(trainer.model)
         merged = model.merge_and_unload() if spec.lora is not None else model
+        merged.config.use_cache = use_cache  # the Trainer switches it off
         save_av(run_stage.checkpoint / "av", merged, tokenizer, av_sidecar, dtype=torch.float32)
         ar = trainer.scoring.ar.model
         save_ar(run_stage.checkpoint / "ar", ar.trunk, ar.head, tokenizer, ar_sidecar, dtype=torch.float32)
-    trainer.accelerator.wait_for_everyone()
+
+    processes.on_main(save)
     return summary
 
 
@@ -182,6 +189,7 @@ class Conductor:
         self.monitor = Monitor(precision_drop=spec.precision_drop)
         self.before, self.started = 0.0, time.perf_counter()
         self.done = 0
+        self._policy: Tensor | None = None
         self.last: dict[str, Any] = {}
         self.stopped_by: Alarm | None = None
         self.alarms: list[str] = []
@@ -193,14 +201,16 @@ class Conductor:
         place = self.processes.on_main(self._last_checkpoint)
         if place is not None:
             self._restore(place)
-        self.processes.on_main(lambda: self.stage.cut_metrics(self.done - (place is None)))
+        known = -1 if place is None else self.done  # the evaluation before the first step has number 0
+        self.processes.on_main(lambda: self.stage.cut_metrics(known))
         if place is None:
             self._evaluate(0)
         self.trainer.add_callback(StepCallback(self))
         if self.done < self.spec.steps and self.stopped_by is None:
             self.trainer.train(resume_from_checkpoint=None if place is None else str(place))
-        else:
+        elif place is not None:
             self.trainer._load_from_checkpoint(str(place))  # it was killed between its last step and its end
+            self.check_restored()
         if self.stopped_by is not None and self.stopped_by.fatal:
             raise TrainingError(self.stopped_by.message, where=f"step {self.stopped_by.step}")
         return {
@@ -234,10 +244,18 @@ class Conductor:
         if final or self.done % self.spec.evaluate_every == 0:
             self._evaluate(self.done)
         stop = self.stopped_by is not None
-        return stop or final or self.done % self.spec.checkpoint_every == 0, stop
+        save = stop or final or self.done % self.spec.checkpoint_every == 0
+        return self.processes.share((save, stop))
 
     def _evaluate(self, step: int) -> None:
-        """Measure on held-out rows; every process does, so that all come to the same decision."""
+        """Measure on held-out rows; the main process does, and all of them judge its figures."""
+        self.last = self.processes.on_main(self._measured)
+        self.report({"step": step, "steps": self.spec.steps, "evaluation": self.last})
+        if step:
+            self.trainer.log({f"held_out/{k}": v for k, v in _numbers(self.last).items()})
+        self._warn(self.monitor.evaluated(step, self.last))
+
+    def _measured(self) -> dict[str, Any]:
         watch = self.trainer.scoring.watch
         model = self.trainer.model
         was_training = model.training
@@ -246,11 +264,7 @@ class Conductor:
             self.trainer.engine, self.trainer.scoring.ar.model, None if watch is None else watch.model
         )
         model.train(was_training)
-        self.last = result.to_dict()
-        self.report({"step": step, "steps": self.spec.steps, "evaluation": self.last})
-        if step:
-            self.trainer.log({f"held_out/{k}": v for k, v in _numbers(self.last).items()})
-        self._warn(self.monitor.evaluated(step, self.last))
+        return result.to_dict()
 
     def _warn(self, alarms: list[Alarm]) -> None:
         for alarm in alarms:
@@ -264,26 +278,29 @@ class Conductor:
     def keep(self) -> None:
         """Complete the checkpoint that the Trainer has just written, then remove the older ones."""
         place = self.stage.state / f"checkpoint-{self.trainer.state.global_step}"
-        if self.processes.is_main:
+        self.trainer.accelerator.wait_for_everyone()  # each process has written its random state
+
+        def complete() -> None:
             torch.save(self._content(), place / OURS)
-        self.trainer.accelerator.wait_for_everyone()
-        if self.processes.is_main:
             (place / COMPLETE).write_text(f"{self.done}\n", encoding="utf-8")
             for other in self.stage.state.glob("checkpoint-*"):
                 if other != place:
                     shutil.rmtree(other)
 
+        self.processes.on_main(complete)
+
     def _content(self) -> dict[str, Any]:
         watch = self.trainer.scoring.watch
         return {
             "done": self.done,
+            "policy": self.trainer.fingerprint(),
             "ar": self.trainer.scoring.ar.state_dict(),
             "watch": None if watch is None else watch.state_dict(),
             "monitor": self.monitor.to_dict(),
             "alarms": self.alarms,
             "stopped_by": None if self.stopped_by is None else self.stopped_by.to_dict(),
             "skipped": [self.trainer.skipped, self.trainer.scoring.skipped],
-            "in_a_row": self.trainer.in_a_row,
+            "in_a_row": [self.trainer.in_a_row, self.trainer.scoring.in_a_row],
             "last": self.last,
             "seconds": self.seconds,
         }
@@ -294,14 +311,25 @@ class Conductor:
         if self.trainer.scoring.watch is not None:
             self.trainer.scoring.watch.load_state_dict(content["watch"])
         self.monitor = Monitor.from_dict(content["monitor"])
-        (self.trainer.skipped, self.trainer.scoring.skipped), self.trainer.in_a_row = (
-            content["skipped"],
-            content["in_a_row"],
-        )
+        self._policy = content["policy"]
+        self.trainer.skipped, self.trainer.scoring.skipped = content["skipped"]
+        self.trainer.in_a_row, self.trainer.scoring.in_a_row = content["in_a_row"]
         if content["stopped_by"] is not None and not content["stopped_by"]["fatal"]:
             self.stopped_by = Alarm(**content["stopped_by"])  # after a fatal one it is tried again
         self.done, self.alarms, self.last = content["done"], content["alarms"], content["last"]
         self.before, self.started = content["seconds"], time.perf_counter()
+
+    def check_restored(self) -> None:
+        """Raise a TrainingError where the AV's weights are not those that the checkpoint was made of.
+
+        The Trainer loads them without asking whether every one of them was there.
+        """
+        if self._policy is not None and not torch.equal(self._policy, self.trainer.fingerprint()):
+            raise TrainingError(
+                "The AV did not come back from its checkpoint as it was.",
+                where=self.stage.state,
+                next_step="remove the state folder to start this stage again",
+            )
 
     def _last_checkpoint(self) -> Path | None:
         """The last complete checkpoint; what a kill left of others is removed."""
