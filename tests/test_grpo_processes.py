@@ -25,7 +25,7 @@ from rl_world import make_trainer, random_rows, weights
 from nla_hub.testing import RandomPair
 from nla_hub.sidecar import Site
 from nla_hub.training.processes import Processes
-from nla_hub.training.recipe import RewardSpec
+from nla_hub.training.recipe import LoRASpec, RewardSpec
 
 root = Path(sys.argv[2])
 processes = Processes.here()
@@ -33,6 +33,7 @@ pair = RandomPair(root, root / "source", root / "av", root / "ar", Site(2))
 trainer, watcher = make_trainer(
     pair, root / f"state-{processes.world}", steps=3, watch=True, world=processes.world, rows=random_rows(16),
     labels=random_rows(9, seed=4), label_share=0.5, reward=RewardSpec(contrastive=0.2), rollout_block=8,
+    lora=LoRASpec(r=4, alpha=8) if sys.argv[3] == "lora" else None,
 )
 texts = []
 sample = trainer._roll_out
@@ -54,10 +55,11 @@ processes.close()
 """
 
 
-def test_two_processes_sample_and_learn_what_one_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("weights", ["full", "lora"])
+def test_two_processes_sample_and_learn_what_one_does(tmp_path: Path, weights: str) -> None:
     random_pair(tmp_path, "llama")
     for world in (1, 2):
-        ends = launch(["-c", SCRIPT, str(Path(__file__).parent), str(tmp_path)], world)
+        ends = launch(["-c", SCRIPT, str(Path(__file__).parent), str(tmp_path), weights], world)
         assert [code for code, _, _ in ends] == [0] * world, ends
     one, first, second = (
         json.loads((tmp_path / f"result-{name}.json").read_text(encoding="utf-8")) for name in ("1-0", "2-0", "2-1")

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 pytest.importorskip("trl", reason="needs the train extra")
@@ -192,6 +193,50 @@ def test_steps_that_stay_without_a_finite_gradient_stop_the_run_with_its_state_k
     kept = list((run.directory / "rl" / "state").glob("checkpoint-*/COMPLETE"))
     assert len(kept) == 1
     assert run.steps[-1]["skipped"] == len(run.steps)
+
+
+def test_an_ar_that_gives_no_numbers_stops_the_run(run: Run) -> None:
+    def plant(trainer: RLTrainer) -> None:
+        torch.nn.init.constant_(trainer.scoring.ar.model.head.weight, float("nan"))
+
+    with pytest.raises(TrainingError, match="finite"):
+        run(plant, steps=12, prompts=2, group=2, micro_batch=4)
+    assert run.steps[-1]["in_a_row"] == 10
+
+
+def test_what_stopped_a_run_is_said_again_when_it_is_tried_again(run: Run) -> None:
+    def plant(trainer: RLTrainer) -> None:
+        loss = trainer._compute_loss
+        trainer._compute_loss = lambda model, inputs: loss(model, inputs) * float("nan")  # type: ignore[method-assign]
+
+    small = {"steps": 15, "prompts": 2, "group": 2, "micro_batch": 4}
+    for _ in range(2):
+        with pytest.raises(TrainingError, match="finite"):
+            run(plant, **small)
+    assert [line["step"] for line in run.lines if "alarm" in line and line["alarm"]["name"] == "non_finite"] == [10, 11]
+
+
+def test_an_av_that_does_not_come_back_is_noticed(run: Run, rows: TrainingRows) -> None:
+    class Stop(Exception):
+        pass
+
+    def plant(trainer: RLTrainer) -> None:
+        def roll_out(rows: Any) -> Any:
+            if trainer.state.global_step == 1:
+                raise Stop
+            return sample(rows)
+
+        sample, trainer._roll_out = trainer._roll_out, roll_out  # type: ignore[method-assign]
+
+    small = {"steps": 3, "prompts": 2, "group": 2, "micro_batch": 4, "checkpoint_every": 1}
+    with pytest.raises(Stop):
+        run(plant, **small)
+    (kept,) = (run.directory / "rl" / "state").glob("checkpoint-1/model.safetensors")
+    tensors = load_file(kept)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, kept, metadata={"format": "pt"})
+    with pytest.raises(TrainingError, match="did not come back"):
+        run(lambda trainer: torch.nn.init.zeros_(trainer.model.model.layers[1].mlp.up_proj.weight), **small)
 
 
 def test_a_run_continues_at_its_last_checkpoint_and_ends_the_same(rows: TrainingRows, tmp_path: Path) -> None:

@@ -53,6 +53,9 @@ nla-hub train tiny-weak seed=0 rl.lr=0 -o runs/control
 nla-hub eval ./runs/weak/export/checkpoint --against ./runs/control/export/checkpoint
 ```
 
+These runs read the source model that was packaged at commit 11c4cfe; the present one was trained by the same recipe. The
+protocol's evaluation came after training; settings were chosen on held-out rows of the training stream, on seed 0.
+
 A rising FVE does not mean that more is told: recall is what to look at beside it. [tiny.md](tiny.md) has the settings tried.
 """
 
