@@ -89,18 +89,21 @@ class Pipeline:
         stages = stages_of(self.recipe) if stages is None else stages
         require_stages(self.recipe, stages)
         check_recipe(self.recipe, world=self.processes.world)
+        ran = False
         with self.run:
             try:
                 for name in stages:
-                    self._execute(name)
+                    ran = self._execute(name) or ran
             finally:
-                if self.processes.is_main:
+                if self.processes.is_main and (ran or not all(self.run.stage(name).is_done for name in stages)):
                     write_report(self.run.path)
         return self.pair_directory
 
-    def _execute(self, name: str) -> None:
+    def _execute(self, name: str) -> bool:
+        """Bring a stage to its end; whether anything was left to do."""
         directory = self.run.stage(name)
-        if self.processes.on_main(lambda: self._begin(name, directory)):
+        begun = self.processes.on_main(lambda: self._begin(name, directory))
+        if begun:
             action: Callable[[StageDirectory], dict[str, Any]] = getattr(self, f"_{name}")
             if name in IN_ALL_PROCESSES:
                 summary = timed(lambda: action(directory))
@@ -109,6 +112,7 @@ class Pipeline:
             self.processes.on_main(lambda: directory.finish(summary))
         if self.processes.is_main:
             self.listener.done(name, directory.summary())
+        return begun
 
     def _begin(self, name: str, directory: StageDirectory) -> bool:
         """Whether the stage is to run; its directory is ready then."""
