@@ -70,7 +70,7 @@ class Watcher(TrainerCallback):
         assert logs is not None
         if "loss" in logs:
             self.logs.append(dict(logs))
-            if state.global_step % self.trainer.per_step == 0:
+            if state.global_step % self.trainer.spec.per_step == 0:
                 self.figures.append(self.trainer.finished)
         return control
 

@@ -99,7 +99,7 @@ def test_sampler_trainer_and_an_independent_forward_agree(
 
     monkeypatch.setattr(RLTrainer, "_generate_and_score_completions", checked)
     trainer.train()
-    aligned = trainer.per_step == 1
+    aligned = trainer.spec.per_step == 1
     assert len(seen) == trainer.spec.steps * (1 if aligned else 2)
     assert max(seen) < AGREEMENT
     assert len(watcher.figures) == trainer.spec.steps

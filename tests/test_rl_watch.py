@@ -254,7 +254,7 @@ def test_a_run_continues_at_its_last_checkpoint_and_ends_the_same(rows: Training
         sample = trainer._roll_out
 
         def roll_out(rows: Any) -> Any:
-            if trainer.state.global_step // trainer.per_step == 2:
+            if trainer.state.global_step // trainer.spec.per_step == 2:
                 raise Stop
             return sample(rows)
 

@@ -26,7 +26,7 @@ from nla_hub.training.state import TrainingState
 
 def init_ar(adapter: Adapter, trunk: nn.Module) -> ARModel:
     """A fresh AR from a trunk that ends at block K (see `load_trunk`): its own copy, identity head."""
-    copied: Any = copy.deepcopy(trunk).float()  # see `pipeline.TRAINED`
+    copied: Any = copy.deepcopy(trunk).float()  # see `loop.TRAINED`
     copied.requires_grad_(True)
     d = int(copied.config.get_text_config().hidden_size)
     head = nn.Linear(d, d, bias=False, dtype=torch.float32, device=next(copied.parameters()).device)

@@ -63,12 +63,8 @@ def check_recipe(recipe: Recipe, *, world: int = 1) -> None:
 
 
 def _rl_faults(recipe: Recipe, rl: RLSpec, world: int) -> Iterator[str]:
-    together = rl.micro_batch * rl.updates * world
-    if rl.samples % together:
-        yield (
-            f"rl.micro_batch: prompts x group = {rl.samples} samples are no multiple of micro_batch x updates x processes "
-            f"= {rl.micro_batch} x {rl.updates} x {world}"
-        )
+    if fault := rl.sharing_fault(world):
+        yield f"rl.{fault}"
     vectors = rl.documents * recipe.data.positions
     if vectors < rl.prompts:
         yield f"rl.documents: {rl.documents} documents give {vectors} vectors, fewer than rl.prompts = {rl.prompts}"

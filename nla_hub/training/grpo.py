@@ -38,6 +38,7 @@ from nla_hub.prompts import AVPrompt
 from nla_hub.training.data import TrainingRows
 from nla_hub.training.recipe import RLSpec
 from nla_hub.training.rl.live_ar import LiveAR, fingerprint, moved
+from nla_hub.training.rl.loss_parts import loss_from_parts
 from nla_hub.training.rl.rollouts import Rollout, prompt_order, sample
 from nla_hub.training.rl.scoring import Scoring
 from nla_hub.training.rl.settings import lora_config, policy_rate
@@ -49,9 +50,6 @@ warns of, a tenth of the least that a lost vector was seen to do."""
 DISAGREEMENT_16_BIT = 0.1
 """Mean |trainer - sampler| log-probability in 16 bit above which a run stops, twice what the monitor warns of: rounding stays
 far below, and a lost vector costs a warm-started AV of a large model 0.2 nats a token. Not measured on a GPU yet."""
-
-LOSS_SCALE = 1e-3
-"""Share of the summands of a loss below which a difference is not looked at more closely."""
 
 
 @contextmanager
@@ -165,9 +163,9 @@ class RLTrainer(GRPOTrainer):  # type: ignore[misc]
     # -- rollouts --------------------------------------------------------------------------------------------
 
     @property
-    def per_step(self) -> int:
-        """Optimizer steps of a step."""
-        return self.spec.updates * self.spec.iterations
+    def number(self) -> int:
+        """The current step, from 0."""
+        return int(self.state.global_step) // self.spec.per_step
 
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
         return [list(self.prompt.ids) for _ in prompts], None, {}
@@ -182,7 +180,6 @@ class RLTrainer(GRPOTrainer):  # type: ignore[misc]
 
     def _roll_out(self, rows: Sequence[int]) -> Rollout:
         """Sample in evaluation mode: gradient checkpointing would switch the cache off."""
-        number = int(self.state.global_step) // self.per_step
         was_training = self.model.training
         self.model.eval()
         try:
@@ -192,7 +189,7 @@ class RLTrainer(GRPOTrainer):  # type: ignore[misc]
                 rows,
                 self.spec,
                 seed=self.seed,
-                step=number,
+                step=self.number,
                 first=self.accelerator.process_index * len(rows),
             )
         finally:
@@ -201,8 +198,7 @@ class RLTrainer(GRPOTrainer):  # type: ignore[misc]
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         started = time.perf_counter()
         rows = [int(x["row"]) for x in inputs]
-        number = int(self.state.global_step) // self.per_step
-        self.step = Step(number, self._roll_out(rows), self.fingerprint())
+        self.step = Step(self.number, self._roll_out(rows), self.fingerprint())
         self.step.seconds["rollout"] = time.perf_counter() - started
         self._vectors = self.step.rollout.vectors
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
@@ -271,9 +267,19 @@ class RLTrainer(GRPOTrainer):  # type: ignore[misc]
         if "old_per_token_logps" not in inputs:
             # No optimizer step lies between sampling and this pass, or TRL would have kept the old ones.
             self._compare(self._logps.detach(), inputs)
-        expected, scale = self._loss_from_parts(self._logps.detach(), inputs)
-        difference = abs(float(loss.detach()) - expected) / scale
+        parts = loss_from_parts(
+            self._logps.detach(),
+            inputs,
+            self.spec,
+            clip=(1 - self.epsilon_low, 1 + self.epsilon_high),
+            accumulated=self.current_gradient_accumulation_steps,
+            per_generation=self.args.steps_per_generation,
+            processes=self.accelerator.num_processes,
+        )
+        difference = abs(float(loss.detach()) - parts.loss) / parts.scale
         self.step.loss_difference = max(self.step.loss_difference, difference)
+        if parts.kl is not None:
+            self.step.kl.append(parts.kl.cpu())
         return loss
 
     def _compare(self, logps: Tensor, batch: dict[str, Any]) -> None:
@@ -309,43 +315,6 @@ class RLTrainer(GRPOTrainer):  # type: ignore[misc]
     def _dtype(self) -> torch.dtype:
         return next(self.injector.adapter.embedding_module(self.model).parameters()).dtype
 
-    def _loss_from_parts(self, logps: Tensor, inputs: dict[str, Any]) -> tuple[float, float]:
-        """The loss of a micro-batch by its definition, and what a difference to it is measured in.
-
-        The scale is beta * KL, so that a KL term that was left out is a difference of 1, but no less than `LOSS_SCALE`
-        of all summands' sizes, which float32 cannot tell apart much better.
-
-        Clipped ratio times advantage, plus beta times the estimator exp(r - p) - (r - p) - 1 of the KL divergence
-        (Schulman 2020) weighted by the ratio, over the count that each loss type divides by.
-        """
-        mask = inputs["completion_mask"].to(logps.dtype)
-        advantages = inputs["advantages"][:, None]
-        ratio = (logps - inputs.get("old_per_token_logps", logps)).exp()
-        low, high = 1 - self.epsilon_low, 1 + self.epsilon_high
-        each = -torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
-        kl = torch.zeros_like(each)
-        if "ref_per_token_logps" in inputs:
-            apart = inputs["ref_per_token_logps"] - logps
-            kl = apart.exp() - apart - 1
-            if self.step is not None:
-                self.step.kl.append(kl[mask.bool()].cpu())
-            kl = kl * ratio
-        accumulated = self.current_gradient_accumulation_steps
-
-        def total(x: Tensor) -> float:
-            summed = (x * mask).sum()
-            if self.spec.loss == "grpo":
-                found = ((x * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).mean() / accumulated
-            elif self.spec.loss == "dr_grpo":
-                found = summed / (len(x) * self.spec.max_new_tokens) / accumulated
-            else:
-                window = inputs["num_items_in_batch"] * accumulated / self.args.steps_per_generation
-                found = summed * self.accelerator.num_processes / window
-            return float(found)
-
-        pull = self.spec.beta * total(kl)
-        return total(each + self.spec.beta * kl), max(pull, LOSS_SCALE * (total(each.abs()) + pull), 1e-12)
-
     # -- reward ----------------------------------------------------------------------------------------------
 
     def _reward(self, **_: Any) -> list[float]:
@@ -365,7 +334,7 @@ class RLTrainer(GRPOTrainer):  # type: ignore[misc]
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The recipe's schedule, in steps rather than optimizer steps."""
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer or self.optimizer, lambda done: policy_rate(done // self.per_step, self.spec)
+            optimizer or self.optimizer, lambda done: policy_rate(done // self.spec.per_step, self.spec)
         )
         self._created_lr_scheduler = True
         return self.lr_scheduler
@@ -382,7 +351,7 @@ class RLTrainer(GRPOTrainer):  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
         """As TRL's; with the last optimizer step of a step our figures join, for whatever the run reports to."""
-        if "loss" in logs and self.state.global_step % self.per_step == 0:
+        if "loss" in logs and self.state.global_step % self.spec.per_step == 0:
             self.finished = self._finish_step()
             for name in [n for n in logs if "clipped_ratio" in n or "terminated" in n]:
                 del logs[name]  # TRL takes a text that ends with the closing tag for cut off

@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from nla_hub.checkpoints import LoadOptions
 from nla_hub.errors import TrainingError
 from nla_hub.training.recipe import StageSpec
 from nla_hub.training.state import TrainingState
@@ -27,6 +28,9 @@ LossOf = Callable[[Any, Sequence[int]], tuple[Tensor, int]]
 
 Report = Callable[[dict[str, Any]], None]
 """Receives metrics as they come; each has at least `step` and `steps`."""
+
+TRAINED = LoadOptions(dtype="float32")
+"""How weights that are trained as a whole are loaded: in bfloat16 most updates of usual learning rates are rounded away."""
 
 POOL_BATCHES = 40
 """Rows of this many batches are sorted by length together: little padding, order still random."""

@@ -35,6 +35,7 @@ from nla_hub.training.av_sft import train_av
 from nla_hub.training.checks import check_recipe, source_settings
 from nla_hub.training.contract import make_sidecars, record_score
 from nla_hub.training.data import TrainingRows, collect, make_labeler, read_rows, write_rows
+from nla_hub.training.loop import TRAINED
 from nla_hub.training.recipe import Recipe
 from nla_hub.training.run import RunDirectory, StageDirectory, timed
 from nla_hub.training.splits import UNLABELLED, data_splits, require_dev_held_out, require_held_out, split_documents
@@ -51,10 +52,6 @@ WATCH = "watch"
 
 WATCH_SEED_OFFSET = 1
 """What the second AR's seed, the order of its rows, differs by."""
-
-
-TRAINED = LoadOptions(dtype="float32")
-"""Weights that are trained as a whole: in bfloat16 most updates of usual learning rates are rounded away."""
 
 
 class Pipeline:
@@ -217,6 +214,7 @@ class Pipeline:
                 "The AV cannot write answers as long as this.",
                 got=f"rl.max_new_tokens: {self.recipe.rl.max_new_tokens}",
                 expected=f"fewer than the {limit} tokens that the base model reads, its prompt included",
+                next_step="lower rl.max_new_tokens",
             )
 
     def _dataset_meta(self, split: str) -> dict[str, Any]:
@@ -311,7 +309,6 @@ class Pipeline:
             recipe=self.recipe,
             run_stage=directory,
             source=self.source,
-            base_directory=self.base_directory,
             sidecars=(av, ar),
             av_directory=self.run.stage("av").checkpoint,
             ar_directory=self.run.stage("ar").checkpoint,

@@ -219,6 +219,21 @@ class RLSpec:
         """Samples of a step, over all processes."""
         return self.prompts * self.group
 
+    @property
+    def per_step(self) -> int:
+        """Optimizer steps of the AV in a step."""
+        return self.updates * self.iterations
+
+    def sharing_fault(self, world: int = 1) -> str | None:
+        """Why `world` processes cannot share a step's samples, None where they can."""
+        share = self.micro_batch * self.updates * world
+        if self.samples % share == 0:
+            return None
+        return (
+            f"micro_batch: prompts x group = {self.samples} samples are no multiple of micro_batch x updates x processes = "
+            f"{self.micro_batch} x {self.updates} x {world}"
+        )
+
     def faults(self) -> Iterator[str]:
         """Numbers that no training can use, and sizes that do not divide each other."""
         positive = ("documents", "steps", "prompts", "temperature", "max_new_tokens", "updates", "iterations",
@@ -239,11 +254,8 @@ class RLSpec:
             yield f"beta2: got {self.beta2}, expected 0 or more and less than 1"
         if not 0 <= self.final_lr <= 1:
             yield f"final_lr: got {self.final_lr}, expected 0 to 1"
-        if self.updates > 0 and self.micro_batch > 0 and self.samples % (self.micro_batch * self.updates):
-            yield (
-                f"micro_batch: prompts x group = {self.samples} samples are no multiple of micro_batch x updates = "
-                f"{self.micro_batch} x {self.updates}"
-            )
+        if self.updates > 0 and self.micro_batch > 0 and (fault := self.sharing_fault()):
+            yield fault
 
 
 @dataclass(frozen=True)
@@ -295,8 +307,13 @@ class Recipe:
 
     def digest(self) -> str:
         """Eight hexadecimal digits that change with any setting."""
-        text = json.dumps(self.to_mapping(), sort_keys=True, ensure_ascii=False)
-        return hashlib.sha256(text.encode()).hexdigest()[:8]
+        return digest_of(self.to_mapping())
+
+
+def digest_of(mapping: dict[str, Any]) -> str:
+    """The digest of a recipe's mapping as it was saved, also by a version that knew fewer settings."""
+    text = json.dumps(mapping, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def recipe_names() -> list[str]:

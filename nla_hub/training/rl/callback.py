@@ -30,7 +30,7 @@ class StepCallback(TrainerCallback):
         for name, value in logs.items():
             if isinstance(value, (int, float)) and math.isfinite(value):
                 self.logs[name].append(float(value))
-        if state.global_step % self.conductor.trainer.per_step == 0:
+        if state.global_step % self.conductor.trainer.spec.per_step == 0:
             means = {name: sum(values) / len(values) for name, values in self.logs.items()}
             self.logs.clear()
             control.should_save, control.should_training_stop = self.conductor.after_step(means)

@@ -40,19 +40,14 @@ class LiveAR:
     The value head is float32 whatever the trunk's dtype (see `ARModel`).
     """
 
-    def __init__(
-        self, model: ARModel, prompt: ARPrompt, spec: RLSpec, accelerator: Accelerator, *, train: bool = True
-    ) -> None:
+    def __init__(self, model: ARModel, prompt: ARPrompt, spec: RLSpec, accelerator: Accelerator) -> None:
         self.model = model.to(accelerator.device)
         self.prompt = prompt
         self.spec = spec
         self.accelerator = accelerator
-        self.model.requires_grad_(train)
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = (
-            torch.optim.AdamW(parameters, lr=spec.ar_lr, betas=(0.9, spec.beta2), weight_decay=spec.weight_decay)
-            if parameters
-            else None
+        self.model.requires_grad_(True)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=spec.ar_lr, betas=(0.9, spec.beta2), weight_decay=spec.weight_decay
         )
         self._loss, self._count = 0.0, 0
 
@@ -71,11 +66,10 @@ class LiveAR:
         for begin in range(0, len(order), self.spec.micro_batch):
             chunk = order[begin : begin + self.spec.micro_batch]
             ids, mask = pad_right([encoded[i] for i in chunk], pad)
-            with torch.set_grad_enabled(self.optimizer is not None):
+            with torch.enable_grad():
                 predicted = self.model(ids.to(device), mask.to(device))
                 loss = direction_loss(predicted, vectors[chunk].to(device)).sum()
-            if self.optimizer is not None:
-                (loss / total).backward()
+            (loss / total).backward()
             self._loss += float(loss.detach())
             self._count += len(chunk)
             for i, row in zip(chunk, predicted.detach().float().cpu(), strict=True):
@@ -93,9 +87,9 @@ class LiveAR:
         sums = self.accelerator.reduce(sums, reduction="sum")
         self._loss, self._count = 0.0, 0
         loss = float(sums[0] / sums[1]) if float(sums[1]) else None
-        if self.optimizer is None or loss is None:
+        if loss is None:
             return ARUpdate(loss, None, None, skipped=False)
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        parameters = list(self.model.parameters())
         self._reduce(parameters)
         norm = float(nn.utils.clip_grad_norm_(parameters, self.spec.clip))
         finite = math.isfinite(norm) and math.isfinite(loss)
@@ -118,16 +112,12 @@ class LiveAR:
 
     def state_dict(self) -> dict[str, Any]:
         """Weights and optimizer, for a checkpoint."""
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
-        }
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
         self.model.load_state_dict(state["model"])
-        if self.optimizer is not None:
-            self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(state["optimizer"])
 
 
 def fingerprint(parameters: Sequence[nn.Parameter]) -> Tensor:

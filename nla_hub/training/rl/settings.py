@@ -44,21 +44,20 @@ def grpo_config(
     Raises:
         TrainingError: the samples of a step cannot be shared by this many processes.
     """
-    share = spec.micro_batch * world * spec.updates
-    if spec.samples % share:
+    if fault := spec.sharing_fault(world):
         raise TrainingError(
             "The samples of a step cannot be shared by these processes.",
-            got=f"prompts x group = {spec.samples} samples",
-            expected=f"a multiple of micro_batch x processes x updates = {spec.micro_batch} x {world} x {spec.updates}",
+            faults=[fault],
             next_step="lower rl.micro_batch or start fewer processes",
         )
+    accumulated = spec.samples // (spec.micro_batch * world * spec.updates)
     return GRPOConfig(
         output_dir=str(directory),
         seed=seed,
-        max_steps=spec.steps * spec.updates * spec.iterations,
+        max_steps=spec.steps * spec.per_step,
         per_device_train_batch_size=spec.micro_batch,
-        gradient_accumulation_steps=spec.samples // share,
-        steps_per_generation=spec.samples // share * spec.updates,
+        gradient_accumulation_steps=accumulated,
+        steps_per_generation=accumulated * spec.updates,
         num_iterations=spec.iterations,
         num_generations=spec.group,
         max_completion_length=spec.max_new_tokens,

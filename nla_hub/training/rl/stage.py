@@ -25,7 +25,7 @@ from nla_hub.reconstructor import ARModel
 from nla_hub.sidecar import Sidecar
 from nla_hub.source_text import context_length
 from nla_hub.training.data import TrainingRows
-from nla_hub.training.loop import Report
+from nla_hub.training.loop import TRAINED, Report
 from nla_hub.training.processes import Processes
 from nla_hub.training.recipe import Recipe, RLSpec
 from nla_hub.training.rl.dev_eval import DevEvaluation
@@ -52,7 +52,6 @@ def train_rl(
     recipe: Recipe,
     run_stage: StageDirectory,
     source: Source,
-    base_directory: Path,
     sidecars: tuple[Sidecar, Sidecar],
     av_directory: Path,
     ar_directory: Path,
@@ -81,11 +80,10 @@ def train_rl(
     assert recipe.rl is not None
     spec = recipe.rl if max_steps is None else dataclasses.replace(recipe.rl, steps=min(recipe.rl.steps, max_steps))
     processes = Processes.here()
-    whole, adapted = LoadOptions(dtype="float32"), LoadOptions()  # see `pipeline.TRAINED`
     av_sidecar, ar_sidecar = sidecars
     tokenizer = source.tokenizer
     assert av_sidecar.marker is not None
-    loaded = load_causal_lm(av_directory, whole if spec.lora is None else adapted)
+    loaded = load_causal_lm(av_directory, TRAINED if spec.lora is None else LoadOptions())
     use_cache = loaded.model.config.use_cache
     injector = Injector(loaded.adapter, av_sidecar.injection, av_sidecar.marker)
     av = LoadedAV(loaded, tokenizer, AVPrompt.build(tokenizer, av_sidecar), injector)
@@ -95,7 +93,7 @@ def train_rl(
 
     def make_ar(accelerator: Any) -> tuple[LiveAR, LiveAR | None]:
         def live(directory: Path) -> LiveAR:
-            trunk, head = load_ar(directory, ar_sidecar, whole)
+            trunk, head = load_ar(directory, ar_sidecar, TRAINED)
             return LiveAR(ARModel(trunk.adapter, trunk.model, head), prompt, spec, accelerator)
 
         return live(ar_directory), None if watch_directory is None else live(watch_directory)
@@ -183,9 +181,8 @@ class Conductor:
         report: Report,
         processes: Processes,
     ) -> None:
-        self.trainer, self.spec, self.evaluation, self.stage = trainer, spec, evaluation, stage
+        self.trainer, self.spec, self.evaluation, self.stage, self.report = trainer, spec, evaluation, stage, report
         self.processes = processes
-        self.report: Report = report if processes.is_main else _nothing
         self.monitor = Monitor(precision_drop=spec.precision_drop)
         self.before, self.started = 0.0, time.perf_counter()
         self.done = 0
@@ -360,7 +357,3 @@ def _numbers(evaluation: Mapping[str, Any]) -> dict[str, float]:
     facts = evaluation.get("facts") or {}
     found = {**evaluation, "recall": facts.get("recall"), "precision": facts.get("precision")}
     return {name: float(value) for name, value in found.items() if isinstance(value, (int, float))}
-
-
-def _nothing(_: dict[str, Any]) -> None:
-    """Other processes than the main one do not speak."""

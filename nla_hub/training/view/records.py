@@ -5,7 +5,6 @@ Nothing here raises for the content of metrics.jsonl: what cannot be used is lef
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from nla_hub import yaml_io
 from nla_hub.errors import RunError
+from nla_hub.training.recipe import digest_of
 from nla_hub.training.run import CONFIG, DONE, METRICS
 from nla_hub.training.stages import STAGES
 
@@ -257,10 +257,9 @@ def read_run(path: Path) -> RunRecord:
         notes += metrics.notes
     result = _json_file(path / "eval" / "result.json", notes) if stages["eval"].state == "done" else None
     commits = [text_of(found, "commit") for found in (result or {}, *(s.summary for s in stages.values()))]
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, ensure_ascii=False, default=str).encode()).hexdigest()[
-        :8
-    ]
-    return RunRecord(path, config, digest, rehearsal, stages, result, next(filter(None, commits), None), tuple(notes))
+    return RunRecord(
+        path, config, digest_of(config), rehearsal, stages, result, next(filter(None, commits), None), tuple(notes)
+    )
 
 
 def _json_file(path: Path, notes: list[str]) -> dict[str, Any] | None:
