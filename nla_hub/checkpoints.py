@@ -1,172 +1,22 @@
-"""Directories on disk -> verified weights.
-
-A load is believed only once every weight the model uses was found on disk, every weight on disk was used (or is one that
-the adapter lists), and every used value is finite. transformers alone would fill a missing weight with random numbers and
-leave a line in the log.
-"""
+"""The halves of a pair on disk -> verified weights: the AR's trunk, its final norm and its value head."""
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel
 
-from nla_hub.adapters import Adapter, adapter_for
-from nla_hub.errors import CheckpointError, SidecarError, WeightsError
+from nla_hub.adapters import adapter_for
+from nla_hub.errors import SidecarError, WeightsError
 from nla_hub.log import logger
-from nla_hub.sidecar import Sidecar, Site
-from nla_hub.weights import (
-    ADAPTER_CONFIG_NAME,
-    HEAD_NAME,
-    INDEX_NAME,
-    WEIGHTS_NAME,
-    WeightIndex,
-    inside,
-    matches,
-    read_header,
-    read_tensor,
-    require_finite_weights,
-    shorten,
-)
-
-
-@dataclass(frozen=True)
-class LoadOptions:
-    """How weights become modules; the keywords of transformers' `from_pretrained`.
-
-    `dtype` "auto" is float32 on a CPU and bfloat16 elsewhere. `device_map` None is the first accelerator, or the CPU.
-    """
-
-    dtype: str | torch.dtype = "auto"
-    device_map: Any = None
-    quantization_config: Any = None
-    attn_implementation: str | None = None
-    trust_remote_code: bool = False
-
-    def placement(self) -> Any:
-        """The device map that is used."""
-        if self.device_map is not None:
-            return self.device_map
-        return (
-            {"": torch.accelerator.current_accelerator() or "cpu"} if torch.accelerator.is_available() else {"": "cpu"}
-        )
-
-    def torch_dtype(self) -> torch.dtype:
-        """The dtype that weights are loaded in."""
-        if isinstance(self.dtype, torch.dtype):
-            return self.dtype
-        if self.dtype == "auto":
-            place = self.placement()
-            on_cpu = str(place) == "cpu" or (isinstance(place, dict) and {str(v) for v in place.values()} == {"cpu"})
-            return torch.float32 if on_cpu else torch.bfloat16
-        found = getattr(torch, self.dtype, None) if isinstance(self.dtype, str) else None
-        if not isinstance(found, torch.dtype) or not found.is_floating_point:
-            raise CheckpointError(
-                "Unknown dtype.", got=repr(self.dtype), expected="'auto', 'float32', 'bfloat16' or 'float16'"
-            )
-        return found
-
-
-# -- configs and tokenizers ----------------------------------------------------------------------------------
-
-
-def load_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
-    """The transformers config of a directory; raises a CheckpointError where it is missing or cannot be read."""
-    if not (directory / "config.json").is_file():
-        raise CheckpointError(
-            "This directory has no config.json, so it is no model.",
-            where=directory,
-            next_step="name the directory that holds config.json and the weights",
-        )
-    try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except Exception as cause:  # configs of strangers fail in every way there is
-        remote = "trust_remote_code" in str(cause)
-        raise CheckpointError(
-            f"Its config.json cannot be used: {_first_line(cause)}",
-            where=directory,
-            next_step="its architecture needs code of its own; pass trust_remote_code=True only if you have read that code"
-            if remote
-            else "download or copy the checkpoint again; if it stays, ask its author",
-        ) from cause
-
-
-def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
-    """The fast tokenizer of a directory; raises a CheckpointError where there is none."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except Exception as cause:
-        raise CheckpointError(
-            f"Its tokenizer cannot be loaded: {_first_line(cause)}",
-            where=directory,
-            next_step="copy the tokenizer files of the base model into the directory",
-        ) from cause
-    if not tokenizer.is_fast:
-        raise CheckpointError(
-            "This tokenizer cannot tell where its tokens stand in the text.",
-            where=directory,
-            got=type(tokenizer).__name__,
-            expected="a fast tokenizer (tokenizer.json)",
-        )
-    return tokenizer
-
-
-def has_tokenizer(directory: Path) -> bool:
-    """Whether a directory holds a tokenizer of its own."""
-    return any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"))
-
-
-def _first_line(cause: Exception) -> str:
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return lines[0] if lines else type(cause).__name__
-
-
-# -- models --------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class LoadedModel:
-    """A verified model with the adapter that reads it."""
-
-    model: Any
-    adapter: Adapter
-    directory: Path
-
-    @property
-    def d_model(self) -> int:
-        """Width of the residual stream."""
-        return int(self.model.config.get_text_config().hidden_size)
-
-
-def load_causal_lm(directory: Path, options: LoadOptions) -> LoadedModel:
-    """A complete causal LM: an AV, or a source that is to be steered."""
-    config = load_config(directory, trust_remote_code=options.trust_remote_code)
-    adapter = adapter_for(config)
-    text = config.get_text_config()
-    wrapped = config.model_type in adapter.wrapper_types
-    mapping = {pattern: ("" if "lm_head" in pattern else "model.") for pattern in adapter.wrapper_key_mapping}
-    mapping = {r"^language_model\.lm_head\.": "lm_head.", **mapping} if wrapped else {}
-    return _load(directory, AutoModelForCausalLM, text, adapter, options, mapping=mapping)
-
-
-def load_trunk(directory: Path, site: Site, options: LoadOptions) -> LoadedModel:
-    """The embedding and the blocks that reach `site`, nothing above: a source for capture."""
-    config = load_config(directory, trust_remote_code=options.trust_remote_code)
-    adapter = adapter_for(config)
-    text = adapter.truncate_config(config.get_text_config(), site)
-    mapping = dict(adapter.wrapper_key_mapping) if config.model_type in adapter.wrapper_types else {}
-    droppable = [*_blocks_above(adapter, site), r"(^|\.)lm_head\."]
-    loaded = _load(directory, AutoModel, text, adapter, options, mapping=mapping, droppable=droppable)
-    adapter.drop_final_norm(loaded.model)
-    return loaded
+from nla_hub.pretrained import LoadedModel, LoadOptions, load_config, load_model
+from nla_hub.sidecar import Sidecar
+from nla_hub.weights import HEAD_NAME, WeightIndex, inside, read_header, read_tensor
 
 
 def load_ar(directory: Path, sidecar: Sidecar, options: LoadOptions) -> tuple[LoadedModel, nn.Linear]:
@@ -186,7 +36,7 @@ def load_ar(directory: Path, sidecar: Sidecar, options: LoadOptions) -> tuple[Lo
     keep_norm = _keeps_norm(index, norm_names, sidecar)
     droppable = [r"(^|\.)lm_head\.", *([] if keep_norm else [norm_pattern.pattern])]
     may_miss = [] if norm_names else [norm_pattern.pattern]
-    loaded = _load(
+    loaded = load_model(
         directory, AutoModel, config.get_text_config(), adapter, options, droppable=droppable, may_miss=may_miss
     )
     if not keep_norm:
@@ -247,107 +97,3 @@ def load_head(directory: Path, d_model: int) -> nn.Linear:
                 )
             cast(nn.Parameter, getattr(head, name)).copy_(value)
     return head.requires_grad_(False)
-
-
-def _blocks_above(adapter: Adapter, site: Site) -> list[str]:
-    # layers.K+1 and up, as a pattern over digits is unreadable: matched by number in `matches`.
-    return [f"blocks>{adapter.blocks}>{site.layer}"]
-
-
-def _load(
-    directory: Path,
-    auto_class: Any,
-    config: Any,
-    adapter: Adapter,
-    options: LoadOptions,
-    *,
-    mapping: dict[str, str] | None = None,
-    droppable: Sequence[str] = (),
-    may_miss: Sequence[str] = (),
-) -> LoadedModel:
-    _refuse_other_weights(directory, config)
-    index = WeightIndex.read(directory)
-    dtype = options.torch_dtype()
-    stored = {t.dtype for t in index.tensors.values()}
-    if "F32" in stored and dtype != torch.float32:
-        logger.info("%s: stored in float32, loaded in %s", directory, str(dtype).removeprefix("torch."))
-    extra: dict[str, Any] = {}
-    if mapping:
-        extra["key_mapping"] = mapping
-    if options.quantization_config is not None:
-        extra["quantization_config"] = options.quantization_config
-    if options.attn_implementation is not None:
-        extra["attn_implementation"] = options.attn_implementation
-    try:
-        with _without_load_report():
-            model, info = auto_class.from_pretrained(
-                directory,
-                config=config,
-                dtype=dtype,
-                device_map=options.placement(),
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # judged below, by name
-                trust_remote_code=options.trust_remote_code,
-                **extra,
-            )
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as cause:  # configs of strangers fail in every way there is
-        raise WeightsError(
-            f"No model can be built from its config.json and weights: {type(cause).__name__}: {_first_line(cause)}",
-            where=directory,
-            next_step="check that config.json and weights come from the same model",
-        ) from cause
-    missing = [n for n in info["missing_keys"] if not matches(n, may_miss)]
-    unexpected = [n for n in info["unexpected_keys"] if not matches(n, [*droppable, *adapter.ignored_weights])]
-    dropped = len(info["unexpected_keys"]) - len(unexpected)
-    if dropped:
-        logger.debug("%s: %d weights on disk are not needed here", directory, dropped)
-    misshapen = sorted((n, tuple(a), tuple(b)) for n, a, b in info["mismatched_keys"] if not matches(n, droppable))
-    faults = [f"missing: {n}" for n in sorted(missing)] + [f"unexpected: {n}" for n in sorted(unexpected)]
-    faults += [f"{n}: got shape {got}, expected {expected}" for n, got, expected in misshapen]
-    if faults:
-        raise WeightsError(
-            f"{len(missing)} weights are missing, {len(unexpected)} unexpected, {len(misshapen)} misshapen; "
-            "a missing one would be random.",
-            where=directory,
-            faults=shorten(faults),
-            next_step="check that the directory holds the whole model, and that its adapter is the right one",
-        )
-    require_finite_weights(model, directory, but=may_miss)
-    model.eval().requires_grad_(False)
-    return LoadedModel(model, adapter, directory)
-
-
-def _refuse_other_weights(directory: Path, config: Any) -> None:
-    """Refuse what would make transformers load other files than those that were checked."""
-    if (name := getattr(config, "transformers_weights", None)) is not None:
-        raise CheckpointError(
-            "Its config.json names a weights file of its own (transformers_weights).",
-            where=directory,
-            got=repr(name),
-            expected=f"{WEIGHTS_NAME} or {INDEX_NAME}",
-            next_step="rename the file and take the entry out of config.json, if you trust it",
-        )
-    if (directory / ADAPTER_CONFIG_NAME).exists():
-        raise CheckpointError(
-            f"This is a LoRA adapter ({ADAPTER_CONFIG_NAME}), not a complete model.",
-            where=directory,
-            next_step="merge it into its base model first (peft: merge_and_unload, then save_pretrained)",
-        )
-
-
-@contextmanager
-def _without_load_report() -> Iterator[None]:
-    """Silence transformers' own table of missing and unexpected weights: what it lists is judged right after."""
-    report = logging.getLogger("transformers.modeling_utils")
-    report.addFilter(_keep_all_but_report)
-    try:
-        yield
-    finally:
-        report.removeFilter(_keep_all_but_report)
-
-
-def _keep_all_but_report(record: logging.LogRecord) -> bool:
-    return "LOAD REPORT" not in record.getMessage()

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from nla_hub import registry
 from nla_hub.adapters import adapter_for
-from nla_hub.checkpoints import LoadOptions, has_tokenizer, load_ar, load_causal_lm, load_config, load_tokenizer
+from nla_hub.checkpoints import load_ar
 from nla_hub.engines.base import Engine, LoadedAV
 from nla_hub.errors import InputError, SidecarError
 from nla_hub.hub import HubOptions
 from nla_hub.injection import Injector
 from nla_hub.locate import PairRefs, Ref, parse_name
 from nla_hub.log import logger
+from nla_hub.pretrained import LoadOptions, has_tokenizer, load_causal_lm, load_config, load_tokenizer
 from nla_hub.prompts import ARPrompt, AVPrompt
 from nla_hub.reconstructor import ARModel, Reconstructor
 from nla_hub.sidecar import Sidecar

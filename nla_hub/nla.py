@@ -15,20 +15,13 @@ from torch import Tensor
 
 from nla_hub.adapters import adapter_for
 from nla_hub.capture import Activations, Positions, capture, select_positions
-from nla_hub.checkpoints import (
-    LoadedModel,
-    LoadOptions,
-    load_causal_lm,
-    load_config,
-    load_tokenizer,
-    load_trunk,
-)
 from nla_hub.errors import CheckpointError, InputError, PositionError, SidecarError
 from nla_hub.flags import row_flags
 from nla_hub.geometry import Reference, as_vectors, cosine, direction_mse
 from nla_hub.hub import HubOptions
 from nla_hub.loading import check_components, family, hub_name, load_reconstructor, load_verbalizer, open_half
 from nla_hub.locate import Ref, resolve_pair
+from nla_hub.pretrained import LoadedModel, LoadOptions, load_causal_lm, load_config, load_tokenizer, load_trunk
 from nla_hub.reconstructor import Reconstructor
 from nla_hub.results import Explanation, Explanations, Scores
 from nla_hub.sampling import BARE_POSITION

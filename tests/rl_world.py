@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from nla_hub.checkpoints import LoadOptions, load_ar, load_causal_lm, load_tokenizer
+from nla_hub.checkpoints import load_ar
 from nla_hub.engines.base import Completion, LoadedAV
 from nla_hub.engines.transformers import TransformersEngine
 from nla_hub.geometry import Reference
 from nla_hub.injection import Injector
+from nla_hub.pretrained import LoadOptions, load_causal_lm, load_tokenizer
 from nla_hub.prompts import ARPrompt, AVPrompt
 from nla_hub.reconstructor import ARModel
 from nla_hub.sidecar import Sidecar, Site

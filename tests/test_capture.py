@@ -9,8 +9,8 @@ from parity import TEXTS, check_capture, close
 
 from nla_hub.adapters import adapter_for
 from nla_hub.capture import run_trunk
-from nla_hub.checkpoints import LoadOptions, load_trunk
 from nla_hub.errors import ContextLengthError, InputError, PositionError, TextError, VectorError
+from nla_hub.pretrained import LoadOptions, load_trunk
 from nla_hub.sidecar import Site
 from nla_hub.testing import LAYERS
 

@@ -15,8 +15,8 @@ from damage import HALVES, HEAD, WEIGHTS, edit, edit_config, load, refused, resi
 from parity import close
 
 from nla_hub import NLA
-from nla_hub.checkpoints import LoadOptions, load_causal_lm
 from nla_hub.errors import CheckpointError, SidecarError, UnknownNameError
+from nla_hub.pretrained import LoadOptions, load_causal_lm
 from nla_hub.sidecar import Sidecar, Site
 from nla_hub.testing import RandomPair, random_model
 from nla_hub.weights import WeightIndex

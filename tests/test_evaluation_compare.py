@@ -14,7 +14,6 @@ import torch
 import typer
 
 import nla_hub
-from nla_hub.checkpoints import LoadOptions, load_causal_lm, load_tokenizer
 from nla_hub.cli import eval as eval_command
 from nla_hub.cli.app import RootGroup
 from nla_hub.errors import GateFailedError, InputError
@@ -26,6 +25,7 @@ from nla_hub.evaluation.protocols import PROTOCOLS
 from nla_hub.evaluation.stats import mean_interval
 from nla_hub.export import save_av, save_source
 from nla_hub.nla import NLA
+from nla_hub.pretrained import LoadOptions, load_causal_lm, load_tokenizer
 from nla_hub.sidecar import Sidecar
 from nla_hub.testing import random_pair
 from nla_hub.tiny import documents as tiny_documents

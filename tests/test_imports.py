@@ -14,7 +14,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "log"),
     ("yaml_io", "resources", "schema", "sidecar", "geometry", "sampling", "registry", "hub", "batching", "source_text"),
     ("prompts", "flags", "adapters", "locate", "zoo", "memory"),
-    ("injection", "weights", "checkpoints", "export", "results"),
+    ("injection", "weights", "pretrained", "layouts", "lora", "checkpoints", "export", "results"),
     ("engines", "capture", "reconstructor", "steering"),
     ("verbalizer",),
     ("loading",),
@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 
 ONLY_IN: dict[str, tuple[str, ...]] = {
     "trl": ("training",),
-    "peft": ("training", "checkpoints"),
+    "peft": ("training", "lora"),
     "vllm": ("engines.vllm",),
     "ray": ("explain.distributed",),
     "gradio": ("app",),

@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 
 import nla_hub
 from nla_hub.batching import pad_right
-from nla_hub.checkpoints import LoadOptions, load_causal_lm, load_tokenizer, load_trunk
 from nla_hub.errors import InputError, MissingExtraError, RecipeError, RunError, TrainingError, UnknownNameError
 from nla_hub.geometry import direction_mse, norms
 from nla_hub.injection import Injector
 from nla_hub.nla import NLA, Source
+from nla_hub.pretrained import LoadOptions, load_causal_lm, load_tokenizer, load_trunk
 from nla_hub.prompts import ARPrompt, AVPrompt
 from nla_hub.sidecar import Sidecar, Site
 from nla_hub.source_text import encode_source

@@ -9,9 +9,9 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from nla_hub.checkpoints import LoadedModel
 from nla_hub.errors import InjectionError
 from nla_hub.injection import Injector
+from nla_hub.pretrained import LoadedModel
 from nla_hub.prompts import AVPrompt
 from nla_hub.sidecar import Injection
 

@@ -28,12 +28,12 @@ from transformers import PrinterCallback, Trainer
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-from nla_hub.checkpoints import LoadedModel
 from nla_hub.engines.base import Engine, LoadedAV
 from nla_hub.engines.transformers import TransformersEngine
 from nla_hub.errors import TrainingError
 from nla_hub.geometry import Reference
 from nla_hub.injection import Injector, find_markers
+from nla_hub.pretrained import LoadedModel
 from nla_hub.prompts import AVPrompt
 from nla_hub.training.data import TrainingRows
 from nla_hub.training.recipe import RLSpec

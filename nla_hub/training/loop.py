@@ -18,8 +18,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from nla_hub.checkpoints import LoadOptions
 from nla_hub.errors import TrainingError
+from nla_hub.pretrained import LoadOptions
 from nla_hub.training.recipe import StageSpec
 from nla_hub.training.state import TrainingState
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nla_hub import yaml_io
-from nla_hub.checkpoints import LoadOptions, load_ar, load_causal_lm, load_tokenizer, load_trunk
+from nla_hub.checkpoints import load_ar
 from nla_hub.errors import RecipeError, RunError
 from nla_hub.evaluation import run_protocol
 from nla_hub.evaluation.tiny_rows import base_rows, source_tokenizer
@@ -27,6 +27,7 @@ from nla_hub.hub import HubOptions
 from nla_hub.injection import Injector
 from nla_hub.locate import zoo_ref
 from nla_hub.nla import NLA, Source
+from nla_hub.pretrained import LoadOptions, load_causal_lm, load_tokenizer, load_trunk
 from nla_hub.prompts import ARPrompt, AVPrompt
 from nla_hub.sidecar import Sidecar, Site
 from nla_hub.source_text import context_length

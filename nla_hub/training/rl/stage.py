@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from nla_hub import registry
-from nla_hub.checkpoints import LoadOptions, load_ar, load_causal_lm
+from nla_hub.checkpoints import load_ar
 from nla_hub.engines.base import LoadedAV
 from nla_hub.errors import TrainingError
 from nla_hub.export import save_ar, save_av
 from nla_hub.injection import Injector
 from nla_hub.nla import Source
+from nla_hub.pretrained import LoadOptions, load_causal_lm
 from nla_hub.prompts import ARPrompt, AVPrompt
 from nla_hub.reconstructor import ARModel
 from nla_hub.sidecar import Sidecar
