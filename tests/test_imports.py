@@ -175,8 +175,8 @@ def test_the_check_itself_sees_backward_imports(module: str, source: str, wrong:
     [
         ("nla", "def f():\n    import trl", 1),
         ("training.grpo", "import trl", 0),
-        ("checkpoints", "def f():\n    from peft import PeftModel", 0),
-        ("checkpoints", "from peft import PeftModel", 1),
+        ("lora", "def f():\n    from peft import PeftModel", 0),
+        ("lora", "from peft import PeftModel", 1),
         ("engines.transformers", "def f():\n    import vllm", 1),
         ("results", "import pandas as pd", 1),
     ],
