@@ -10,9 +10,10 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
+from nla_hub.adapters import adapter_for
 from nla_hub.errors import WeightsError
 from nla_hub.sidecar import Sidecar
-from nla_hub.weights import HEAD_NAME, WEIGHTS_NAME, require_finite_weights
+from nla_hub.weights import HEAD_NAME, WEIGHTS_NAME, matches, require_finite_weights
 
 
 def save_av(directory: Path, model: Any, tokenizer: Any, sidecar: Sidecar, *, dtype: torch.dtype) -> None:
@@ -37,7 +38,7 @@ def save_ar(
     """
     require_finite_weights(model, type(model).__name__)
     require_finite_weights(head, "value head")
-    prefix = f"{model.base_model_prefix}."
+    prefix = adapter_for(model.config).causal_prefix
     state = {f"{prefix}{name}": value for name, value in model.state_dict().items()}
     _save_state(directory, state, dtype)
     _save_config(directory, model.config, dtype)
@@ -53,8 +54,13 @@ def save_source(directory: Path, model: Any, tokenizer: Any, *, dtype: torch.dty
 
 def _save_model(directory: Path, model: Any, tokenizer: Any, dtype: torch.dtype) -> None:
     require_finite_weights(model, type(model).__name__)
+    adapter = adapter_for(model.config)
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
-    state = {n: v for n, v in model.state_dict().items() if not (tied and n.startswith("lm_head."))}
+    state = {
+        adapter.stored_name(name): value
+        for name, value in model.state_dict().items()
+        if not (tied and matches(name, adapter.lm_head_weights))
+    }
     _save_state(directory, state, dtype)
     _save_config(directory, model.config, dtype)
     if getattr(model, "generation_config", None) is not None:

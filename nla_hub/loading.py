@@ -1,39 +1,31 @@
-"""The parts of a pair, from names to loaded and verified halves; `NLA.from_pretrained` puts them together."""
+"""Pairs by name -> opened halves -> verified modules; `NLA.from_pretrained` puts them together."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from nla_hub import registry
+from nla_hub import hub, registry
 from nla_hub.adapters import adapter_for
-from nla_hub.checkpoints import load_ar
+from nla_hub.checkpoints import head_input_scale, load_ar, load_av
 from nla_hub.engines.base import Engine, LoadedAV
-from nla_hub.errors import InputError, SidecarError
+from nla_hub.errors import CheckpointError, HubNotFoundError, InputError, SidecarError
 from nla_hub.hub import HubOptions
 from nla_hub.injection import Injector
-from nla_hub.locate import PairRefs, Ref, parse_name
+from nla_hub.layouts import places
+from nla_hub.locate import PairRefs, Ref
 from nla_hub.log import logger
-from nla_hub.pretrained import LoadOptions, has_tokenizer, load_causal_lm, load_config, load_tokenizer
+from nla_hub.opening import Checkpoint, Half, hub_name, open_half
+from nla_hub.pretrained import LoadedModel, LoadOptions, load_causal_lm, load_config, load_tokenizer, load_trunk
 from nla_hub.prompts import ARPrompt, AVPrompt
 from nla_hub.reconstructor import ARModel, Reconstructor
 from nla_hub.sidecar import Sidecar
 from nla_hub.source_text import context_length
 from nla_hub.verbalizer import Verbalizer
-
-
-def hub_name(name: str | None) -> Ref | None:
-    """What a sidecar calls another repository, where that is a Hub name.
-
-    Sidecars come from strangers: a path in one is never followed.
-    """
-    if name is None:
-        return None
-    try:
-        ref = parse_name(name)
-    except InputError:
-        return None
-    return ref if ref.kind == "hub" else None
 
 
 def check_components(components: Sequence[str]) -> set[str]:
@@ -44,49 +36,224 @@ def check_components(components: Sequence[str]) -> set[str]:
     return wanted
 
 
-def open_half(ref: Ref, role: str, options: HubOptions, *, weights: bool) -> tuple[Path, Sidecar]:
-    """Directory and sidecar of one half; raises a SidecarError where it is the other one."""
-    directory = ref.fetch(options, weights=weights)
-    sidecar = Sidecar.read(directory)
-    if sidecar.role != role:
-        raise SidecarError(
-            f"This is the {sidecar.role.upper()} half where the {role.upper()} is expected.",
-            where=ref,
-            next_step="name the AV first and the other half as ar=...",
-        )
-    return directory, sidecar
+@dataclass(frozen=True)
+class Pair:
+    """A pair whose files are found and whose contract is verified; no weights were read yet.
+
+    `av` is opened even where only the AR is wanted: its sidecar leads to the other half. `wanted` are the halves whose
+    weights are on disk.
+    """
+
+    name: str
+    av: Half | None
+    ar: Half | None
+    base: Ref | None
+    wanted: frozenset[str]
+
+    @property
+    def sidecar(self) -> Sidecar:
+        """The AV's sidecar (the AR's where only that was wanted)."""
+        first, second = (self.av, self.ar) if "av" in self.wanted else (self.ar, self.av)
+        half = first or second
+        assert half is not None
+        return half.sidecar
+
+    @property
+    def family(self) -> str:
+        """Name of the pair's adapter."""
+        half = self.av or self.ar
+        assert half is not None
+        return half.adapter.name
 
 
-def family(directory: Path, options: LoadOptions) -> str:
-    """The architecture family of a half, from its config alone."""
-    return adapter_for(load_config(directory, trust_remote_code=options.trust_remote_code)).name
+def open_pair(
+    refs: PairRefs,
+    *,
+    components: Sequence[str] = ("av", "ar"),
+    sidecar: Mapping[str, Any] | None = None,
+    hub_options: HubOptions | None = None,
+    load_options: LoadOptions | None = None,
+) -> Pair:
+    """Open the halves of a pair and hold them against each other.
+
+    Args:
+        refs: from `locate.resolve_pair`.
+        components: the halves whose weights are wanted.
+        sidecar: what the user says about the contract of both halves.
+
+    Raises:
+        CheckpointError and its children, HubError and its children.
+    """
+    wanted = check_components(components)
+    common: dict[str, Any] = {
+        "hub_options": hub_options or HubOptions(),
+        "load_options": load_options or LoadOptions(),
+        "base": refs.base,
+        "told": sidecar,
+    }
+    av = ar = None
+    if wanted == {"ar"} and refs.av is not None and (refs.ar is None or refs.ar_guessed) and _is_ar(refs.av, common):
+        ar = open_half(refs.av, "ar", **common)  # the AR itself was named
+    else:
+        av = open_half(refs.av, "av", weights="av" in wanted, **common) if refs.av else None
+        if "ar" in wanted:
+            ar = _open_ar(refs, av, common)
+    if av is not None and ar is not None:
+        faults = av.sidecar.pair_faults(ar.sidecar)
+        if av.adapter.name != ar.adapter.name:
+            faults.append(f"family: the AV is a {av.adapter.name}, the AR a {ar.adapter.name}")
+        if faults:
+            raise SidecarError(
+                "These two halves are not a pair.",
+                where=f"{refs.av} and {ar.checkpoint.ref}",
+                faults=faults,
+                next_step='name the AR that was trained with this AV: ar="owner/name" or ar="./path"',
+            )
+    for half in (av, ar):
+        if half is not None and half.role in wanted:
+            half.require_config()
+    base = refs.base
+    if base is None:
+        names = [half.sidecar.base_model for half in (av, ar) if half is not None]
+        base = next((ref for name in names if (ref := hub_name(name))), None)
+    return Pair(refs.name, av, ar, base, frozenset(wanted))
 
 
-def load_verbalizer(directory: Path, sidecar: Sidecar, refs: PairRefs, engine: str, options: LoadOptions) -> Verbalizer:
-    """The AV of a directory on its engine, verified and probed."""
-    config = load_config(directory, trust_remote_code=options.trust_remote_code)
-    tokenizer = load_tokenizer(directory, trust_remote_code=options.trust_remote_code)
-    if faults := sidecar.config_faults(config):
-        raise SidecarError("Sidecar and config.json disagree.", where=directory, faults=faults)
-    prompt = AVPrompt.build(tokenizer, sidecar)
-    loaded = load_causal_lm(directory, options)
-    assert sidecar.marker is not None
-    injector = Injector(loaded.adapter, sidecar.injection, sidecar.marker)
+def _open_ar(refs: PairRefs, av: Half | None, common: Mapping[str, Any]) -> Half:
+    """The AR: the one named, else one in the AV's own checkpoint, what its sidecar calls its pair, its sibling by name."""
+    if refs.ar is not None and not refs.ar_guessed:
+        return open_half(refs.ar, "ar", beside=av, **common)
+    if av is not None:
+        inside = replace(av.checkpoint.ref, subfolder=refs.ar_subfolder)
+        if refs.ar_subfolder or _holds_ar(av):
+            return open_half(inside, "ar", beside=av, **common)
+        if (named := hub_name(av.sidecar.pair_repo)) is not None:
+            return open_half(named, "ar", beside=av, **common)
+    tried = [] if refs.ar is None else [refs.ar]
+    if refs.av is not None and refs.av.kind == "hub":
+        tried = [Ref("hub", name) for name in sibling_names(refs.av.name)]
+    options: HubOptions = common["hub_options"]
+    for ref in tried:
+        if ref.kind != "hub" or hub.exists(ref.name, options=options):
+            return open_half(ref, "ar", beside=av, **common)
+    error = HubNotFoundError if tried else CheckpointError
+    raise error(
+        "The AR half of this pair is not known.",
+        where=refs.name,
+        faults=[f"the Hub has no such repository: {ref}" for ref in tried],
+        next_step='pass ar="owner/name" or ar="./path", or components=("av",) to do without scores',
+    )
+
+
+def _is_ar(ref: Ref, common: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint's own folder can only be an AR."""
+    checkpoint = Checkpoint.open(ref, common["hub_options"])
+    return any(place.folder == ref.subfolder and place.role == "ar" for place in places(checkpoint.files))
+
+
+def _holds_ar(av: Half) -> bool:
+    """Whether the AV's own checkpoint holds something that only an AR can be."""
+    return any(place.role == "ar" for place in places(av.checkpoint.files))
+
+
+_AV_WORDS = {"av": "ar", "actor": "critic", "verbalizer": "reconstructor", "verbaliser": "reconstructor"}
+
+
+def sibling_names(name: str) -> list[str]:
+    """What the AR of an AV called `name` may be called: the word for the one half put in the place of the other's."""
+    found = []
+    for word, other in _AV_WORDS.items():
+        pattern = re.compile(rf"(?<![A-Za-z0-9]){word}(?![A-Za-z0-9])", re.I)
+        replaced = pattern.sub(partial(_in_the_case_of, other), name)
+        if replaced != name:
+            found.append(replaced)
+    return found
+
+
+def _in_the_case_of(word: str, found: re.Match[str]) -> str:
+    there = found[0]
+    return word.upper() if there.isupper() else word.capitalize() if there[0].isupper() else word
+
+
+def load_verbalizer(half: Half, engine: str, options: LoadOptions, *, name: str) -> Verbalizer:
+    """The AV on its engine, verified and probed; `name` is what its explanations call it."""
+    prompt = AVPrompt.build(half.tokenizer, half.sidecar)
+    return verbalizer_of(half, load_av(half.files, options), prompt, engine, name=name)
+
+
+def verbalizer_of(half: Half, loaded: LoadedModel, prompt: AVPrompt, engine: str, *, name: str) -> Verbalizer:
+    """A loaded AV on its engine, probed."""
+    assert half.sidecar.marker is not None
+    injector = Injector(loaded.adapter, half.sidecar.injection, half.sidecar.marker)
     engine_type = registry.engines.get("transformers" if engine == "auto" else engine)
-    built: Engine = engine_type(LoadedAV(loaded, tokenizer, prompt, injector))
+    built: Engine = engine_type(LoadedAV(loaded, half.tokenizer, prompt, injector))
     built.probe()
-    logger.debug("%s: AV on engine %s", directory, built.name)
-    # A downloaded snapshot lies in a directory named after its commit.
-    revision = directory.name if directory.parent.name == "snapshots" else None
-    return Verbalizer(built, sidecar, str(refs.av.name if refs.av and refs.av.kind == "hub" else refs.name), revision)
+    logger.debug("%s: AV on engine %s", half.files.directory, built.name)
+    return Verbalizer(built, half.sidecar, name, half.checkpoint.commit)
 
 
-def load_reconstructor(
-    directory: Path, sidecar: Sidecar, av_directory: Path | None, name: str, options: LoadOptions
-) -> Reconstructor:
-    """The AR of a directory, verified; its tokenizer is the AV's where it brings none."""
-    loaded, head = load_ar(directory, sidecar, options)
-    place = directory if has_tokenizer(directory) or av_directory is None else av_directory
-    tokenizer = load_tokenizer(place, trust_remote_code=options.trust_remote_code)
-    prompt = ARPrompt.build(tokenizer, sidecar, max_length=context_length(loaded.model.config))
-    return Reconstructor(ARModel(loaded.adapter, loaded.model, head), prompt, sidecar, name)
+def load_reconstructor(half: Half, options: LoadOptions) -> Reconstructor:
+    """The AR, verified."""
+    prompt = ar_prompt(half)
+    loaded, head = load_ar(half.files, half.sidecar, options)
+    model = ARModel(loaded.adapter, loaded.model, head, head_input_scale(half.sidecar))
+    return Reconstructor(model, prompt, half.sidecar, str(half.checkpoint.ref))
+
+
+def ar_prompt(half: Half) -> ARPrompt:
+    """The AR's prompt, held against its tokenizer."""
+    return ARPrompt.build(half.tokenizer, half.sidecar, max_length=context_length(half.config))
+
+
+# -- the source ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """The base model with its tokenizer: complete for steering, cut after block K for capture."""
+
+    loaded: LoadedModel
+    tokenizer: Any
+    name: str
+
+
+def open_source(
+    base: Ref | None, sidecar: Sidecar, family: str | None, name: str, hub_options: HubOptions, options: LoadOptions
+) -> Path:
+    """The directory of a pair's base model, whose config fits the pair; its weights are on disk, but not read.
+
+    Raises:
+        CheckpointError: nothing says where it is. SidecarError: it is not this pair's. HubError and its children.
+    """
+    if base is None:
+        named = sidecar.base_model
+        raise CheckpointError(
+            "Nothing says where the base model of this pair is."
+            if named is None
+            else f"The sidecar calls the base model {named!r}, which is not a Hub name.",
+            where=name,
+            next_step='pass base_model="owner/name" or base_model="./path" to from_pretrained',
+        )
+    directory = Checkpoint.open(base, hub_options).fetch_model(base.subfolder)
+    config = load_config(directory, trust_remote_code=options.trust_remote_code).get_text_config()
+    faults = []
+    if family is not None and (found := adapter_for(config).name) != family:
+        faults.append(f"family: the pair is a {family}, the base model a {found}")
+    if config.hidden_size != sidecar.d_model:
+        faults.append(f"d_model: the pair says {sidecar.d_model}, the base model has hidden_size {config.hidden_size}")
+    if sidecar.site.layer >= config.num_hidden_layers:
+        faults.append(f"layer: the pair says K = {sidecar.site.layer}, the model has {config.num_hidden_layers} blocks")
+    if faults:
+        raise SidecarError(
+            "This is not the base model of this pair.",
+            where=base,
+            faults=faults,
+            next_step='pass the right one: base_model="owner/name" or base_model="./path"',
+        )
+    return directory
+
+
+def load_source(directory: Path, sidecar: Sidecar, name: str, options: LoadOptions, *, complete: bool) -> Source:
+    """The base model of a directory: complete, or its trunk up to the pair's site."""
+    loaded = load_causal_lm(directory, options) if complete else load_trunk(directory, sidecar.site, options)
+    return Source(loaded, load_tokenizer(directory, trust_remote_code=options.trust_remote_code), name)

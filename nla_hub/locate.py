@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from nla_hub import hub
-from nla_hub.errors import CheckpointError, InputError, UnknownNameError
+from nla_hub.errors import CheckpointError, InputError
 from nla_hub.hub import HubOptions
 from nla_hub.sidecar import SIDECAR_NAME
 
@@ -32,6 +32,8 @@ class Ref:
     kind: Literal["zoo", "hub", "directory", "package"]
     name: str
     revision: str | None = None
+    subfolder: str = ""
+    """The folder of a half inside the checkpoint, with "/" between parts; "" where the layout says it."""
 
     @property
     def is_local(self) -> bool:
@@ -40,7 +42,8 @@ class Ref:
 
     def __str__(self) -> str:
         name = f"{PACKAGE_PREFIX}{self.name}" if self.kind == "package" else self.name
-        return f"{name}@{self.revision}" if self.revision else name
+        name = f"{name}@{self.revision}" if self.revision else name
+        return f"{name} ({self.subfolder})" if self.subfolder else name
 
     def fetch(self, options: HubOptions, *, weights: bool = True) -> Path:
         """The local directory of this checkpoint, downloaded where needed (without its weights if so asked)."""
@@ -55,7 +58,7 @@ class Ref:
         if self.kind == "package":
             return Path(str(files("nla_hub"))) / self.name
         if self.kind == "hub":
-            patterns = hub.MODEL_FILES if weights else tuple(p for p in hub.MODEL_FILES if "safetensors" not in p)
+            patterns = hub.MODEL_FILES if weights else hub.SMALL_FILES
             return hub.fetch(self.name, revision=self.revision, options=options, files=patterns)
         raise AssertionError(f"zoo name {self.name!r} was not resolved")
 
@@ -117,7 +120,9 @@ class PairRefs:
     ar: Ref | None
     base: Ref | None
     ar_guessed: bool = False
-    """The AR is only a guess by its name; what the AV's sidecar says comes before it."""
+    """The AR is only a guess by its name; the AV's own checkpoint and what its sidecar says come before it."""
+    ar_subfolder: str = ""
+    """The AR's folder, where it lies in the AV's checkpoint."""
 
 
 def resolve_pair(
@@ -126,37 +131,45 @@ def resolve_pair(
     ar: str | os.PathLike[str] | None = None,
     base_model: str | os.PathLike[str] | None = None,
     revision: str | None = None,
+    subfolder: str = "",
+    ar_subfolder: str = "",
 ) -> PairRefs:
     """Find both halves of a pair and its source, as far as names and directory layout tell.
 
-    The AR is, in this order: the one named, the zoo entry's (pinned), the directory beside the AV, what the AV's sidecar
-    calls its pair, the Hub's `...-ar` of `...-av`.
+    The AR is, in this order: the one named, the zoo entry's (pinned), the directory beside the AV, another folder of the
+    AV's own checkpoint, what the AV's sidecar calls its pair, the Hub's `...-ar` of `...-av`. `subfolder` and
+    `ar_subfolder` name the folders of the halves in a checkpoint that holds several.
 
     A directory may be an AV, or hold `av/`, `ar/` and perhaps `source/`; the AR of `x/av` is looked for at `x/ar`, and
     `.../name-av` at `.../name-ar`. What the AV's sidecar says (`pair_repo`, `base_checkpoint`) is consulted later,
     by `NLA.from_pretrained`.
     """
     explicit_ar = _part(ar, "ar")
+    if explicit_ar is not None and ar_subfolder:
+        explicit_ar = replace(explicit_ar, subfolder=ar_subfolder)
     explicit_base = _part(base_model, "base")
     ref = parse_name(name, revision=revision)
     if ref.kind == "zoo":
         entry = _entry(ref)
         av = zoo_ref(entry.av, entry.av_revision)
         if ref.revision is not None:
-            if av.kind == "package":
+            if av.is_local:
                 raise InputError("The packaged pair has no revisions.", where=ref.name, got=repr(ref.revision))
-            av = Ref(av.kind, av.name, ref.revision)
+            av = replace(av, revision=ref.revision)
         return PairRefs(
             ref.name,
-            av,
-            explicit_ar or zoo_ref(entry.ar, entry.ar_revision),
+            replace(av, subfolder=subfolder or entry.av_folder),
+            explicit_ar or replace(zoo_ref(entry.ar, entry.ar_revision), subfolder=ar_subfolder or entry.ar_folder),
             explicit_base or zoo_ref(entry.base, entry.base_revision),
         )
+    ref = replace(ref, subfolder=subfolder)
     if ref.kind == "hub":
         sibling = Ref("hub", re.sub(r"-av$", "-ar", ref.name)) if ref.name.endswith("-av") else None
-        return PairRefs(str(ref), ref, explicit_ar or sibling, explicit_base, ar_guessed=explicit_ar is None)
+        return PairRefs(
+            str(ref), ref, explicit_ar or sibling, explicit_base, explicit_ar is None, ar_subfolder=ar_subfolder
+        )
     directory = ref.fetch(HubOptions())
-    if not (directory / SIDECAR_NAME).exists() and (directory / "av").is_dir():
+    if not subfolder and not (directory / SIDECAR_NAME).exists() and (directory / "av").is_dir():
         return PairRefs(
             ref.name,
             _directory(directory / "av"),
@@ -169,19 +182,17 @@ def resolve_pair(
     return PairRefs(
         ref.name,
         ref,
-        explicit_ar or (_directory(beside / other) if other != mine else None),
-        explicit_base or _directory(beside / "source"),
+        explicit_ar or (_directory(beside / other) if other != mine and not ar_subfolder else None),
+        explicit_base or _directory(directory / "source") or _directory(beside / "source"),
+        ar_subfolder=ar_subfolder,
     )
 
 
 def _entry(ref: Ref) -> ZooEntry:
-    from nla_hub.zoo import zoo
+    from nla_hub.zoo import entry
 
-    entries = zoo()
-    if ref.name not in entries:
-        hint = f"For the directory of that name write ./{ref.name}" if Path(ref.name).is_dir() else None
-        raise UnknownNameError("pair in the zoo", ref.name, entries, next_step=hint)
-    return entries[ref.name]
+    there = Path(ref.name).is_dir()
+    return entry(ref.name, hint=f"For the directory of that name write ./{ref.name}" if there else None)
 
 
 def _part(name: str | os.PathLike[str] | None, half: Literal["ar", "base"]) -> Ref | None:

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
 
-from nla_hub.adapters import adapter_for
 from nla_hub.capture import Activations, Positions, capture, select_positions
-from nla_hub.errors import CheckpointError, InputError, PositionError, SidecarError
+from nla_hub.errors import InputError, PositionError
 from nla_hub.flags import row_flags
 from nla_hub.geometry import Reference, as_vectors, cosine, direction_mse
 from nla_hub.hub import HubOptions
-from nla_hub.loading import check_components, family, hub_name, load_reconstructor, load_verbalizer, open_half
+from nla_hub.loading import Source, open_pair
 from nla_hub.locate import Ref, resolve_pair
-from nla_hub.pretrained import LoadedModel, LoadOptions, load_causal_lm, load_config, load_tokenizer, load_trunk
+from nla_hub.opening import read_contract
+from nla_hub.parts import Memory, Mode, PartName, Parts, build, source_loaders
+from nla_hub.pretrained import LoadOptions
 from nla_hub.reconstructor import Reconstructor
 from nla_hub.results import Explanation, Explanations, Scores
+from nla_hub.round_trip import RoundTrip, round_trip
 from nla_hub.sampling import BARE_POSITION
 from nla_hub.sidecar import Sidecar, Site
 from nla_hub.source_text import Content, Overflow, context_length, encode_source
@@ -32,15 +32,6 @@ from nla_hub.verbalizer import Verbalizer, as_keys
 
 Component = Literal["av", "ar"]
 EngineName = str
-
-
-@dataclass(frozen=True)
-class Source:
-    """The base model with its tokenizer: complete for steering, cut after block K for capture."""
-
-    loaded: LoadedModel
-    tokenizer: Any
-    name: str
 
 
 class NLA:
@@ -53,24 +44,37 @@ class NLA:
         self,
         *,
         name: str,
-        av: Verbalizer | None,
-        ar: Reconstructor | None,
-        base: Ref | None,
+        av: Verbalizer | None = None,
+        ar: Reconstructor | None = None,
+        base: Ref | None = None,
         family: str | None = None,
         hub_options: HubOptions | None = None,
         load_options: LoadOptions | None = None,
     ) -> None:
-        self.name = name
-        self._av = av
-        self._ar = ar
-        self._base = base
-        self._family = family
-        self._hub = hub_options or HubOptions()
-        self._load = load_options or LoadOptions()
         half = av or ar
         if half is None:
             raise InputError("An NLA has at least one half.", expected='components "av", "ar" or both')
-        self._sidecar = half.sidecar
+        ready: dict[PartName, Any] = {}
+        if av is not None:
+            ready["av"] = av
+        if ar is not None:
+            ready["ar"] = ar
+        sources = source_loaders(
+            base, half.sidecar, family, name, hub_options or HubOptions(), load_options or LoadOptions()
+        )
+        self._settle(
+            name, Parts(sources, ready), half.sidecar, ar.sidecar if ar is not None else None, base, "resident"
+        )
+
+    def _settle(
+        self, name: str, parts: Parts, sidecar: Sidecar, ar_sidecar: Sidecar | None, base: Ref | None, memory: Mode
+    ) -> None:
+        self.name = name
+        self.memory = memory
+        self._parts = parts
+        self._sidecar = sidecar
+        self._ar_sidecar = ar_sidecar
+        self._base = base
 
     # -- loading ---------------------------------------------------------------------------------------------
 
@@ -84,6 +88,10 @@ class NLA:
         components: Sequence[Component] = ("av", "ar"),
         engine: EngineName = "auto",
         revision: str | None = None,
+        subfolder: str = "",
+        ar_subfolder: str = "",
+        sidecar: Mapping[str, Any] | str | os.PathLike[str] | None = None,
+        memory: Memory = "auto",
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
@@ -95,7 +103,7 @@ class NLA:
         trust_remote_code: bool = False,
         **deprecated: Any,
     ) -> NLA:
-        """Load a pair, verified.
+        """Load a pair, verified. Layouts and dialects that are read: docs/layouts.md, docs/sidecar.md.
 
         Args:
             name: zoo name ("tiny"), Hub id of the AV ("owner/name" or "owner/name@revision"), or directory ("./path", a
@@ -104,66 +112,40 @@ class NLA:
             components: which halves to load; the weights of the other are never opened.
             engine: "auto" or a registered engine.
             revision: of the AV. token, cache_dir, local_files_only, force_download: as in transformers.
+            subfolder, ar_subfolder: folders of the AV and the AR, in a checkpoint that holds several.
+            sidecar: what is known about the contract besides `nla_meta.yaml`, or instead of one: its keys as a mapping, or a
+                YAML file of them. What stands here wins over the file.
+            memory: "resident" keeps AV, AR and source in memory; "staged" one at a time, each loaded when it is needed;
+                "shared" plays AV and AR as LoRA roles on the one source; "auto" takes resident where it fits, else staged.
             device_map, dtype, quantization_config, attn_implementation, trust_remote_code: as in transformers. dtype
-                "auto" is float32 on a CPU and bfloat16 elsewhere.
+                "auto" is float32 on a CPU and bfloat16 elsewhere. A quantised pair must pass `round_trip` on loading.
 
         Raises:
             UnknownNameError, HubError and its children, CheckpointError and its children, InjectionError (the vector does
-            not reach the AV's logits).
+            not reach the AV's logits), GateFailedError (a quantised pair that no longer reads its own vectors).
         """
         if "torch_dtype" in deprecated:
             warnings.warn("torch_dtype is called dtype now", FutureWarning, stacklevel=2)
             dtype = deprecated.pop("torch_dtype")
         if deprecated:
             raise TypeError(f"from_pretrained() got unexpected keywords: {', '.join(sorted(deprecated))}")
-        wanted = check_components(components)
         hub_options = HubOptions(token, cache_dir, local_files_only, force_download)
         options = LoadOptions(dtype, device_map, quantization_config, attn_implementation, trust_remote_code)
-        refs = resolve_pair(name, ar=ar, base_model=base_model, revision=revision)
-        av_dir, av_sidecar = open_half(refs.av, "av", hub_options, weights="av" in wanted) if refs.av else (None, None)
-        if av_sidecar is not None and (refs.ar is None or refs.ar_guessed):
-            refs = replace(refs, ar=hub_name(av_sidecar.pair_repo) or refs.ar)
-        ar_dir, ar_sidecar = None, None
-        if "ar" in wanted:
-            if refs.ar is None:
-                raise CheckpointError(
-                    "The AR half of this pair is not known.",
-                    where=refs.name,
-                    next_step='pass ar="owner/name" or ar="./path", or components=("av",) to do without scores',
-                )
-            ar_dir, ar_sidecar = open_half(refs.ar, "ar", hub_options, weights=True)
-        families = [family(directory, options) for directory in (av_dir, ar_dir) if directory is not None]
-        if av_sidecar is not None and ar_sidecar is not None:
-            faults = av_sidecar.pair_faults(ar_sidecar)
-            if len(set(families)) > 1:
-                faults.append(f"family: the AV is a {families[0]}, the AR a {families[1]}")
-            if faults:
-                raise SidecarError(
-                    "These two halves are not a pair.",
-                    where=f"{refs.av} and {refs.ar}",
-                    faults=faults,
-                    next_step='name the AR that was trained with this AV: ar="owner/name" or ar="./path"',
-                )
-        av = None
-        if "av" in wanted:
-            assert av_dir is not None and av_sidecar is not None
-            av = load_verbalizer(av_dir, av_sidecar, refs, engine, options)
-        reconstructor = None
-        if ar_dir is not None and ar_sidecar is not None:
-            reconstructor = load_reconstructor(ar_dir, ar_sidecar, av_dir, str(refs.ar), options)
-        base = refs.base
-        if base is None:
-            sidecar = av_sidecar or ar_sidecar
-            base = hub_name(sidecar.base_model) if sidecar is not None else None
-        return cls(
-            name=refs.name,
-            av=av,
-            ar=reconstructor,
-            base=base,
-            family=families[0],
+        pair = open_pair(
+            resolve_pair(
+                name, ar=ar, base_model=base_model, revision=revision, subfolder=subfolder, ar_subfolder=ar_subfolder
+            ),
+            components=components,
+            sidecar=read_contract(sidecar),
             hub_options=hub_options,
             load_options=options,
         )
+        parts, mode = build(pair, engine=engine, memory=memory, hub_options=hub_options, load_options=options)
+        nla = cls.__new__(cls)
+        nla._settle(pair.name, parts, pair.sidecar, pair.ar.sidecar if pair.ar is not None else None, pair.base, mode)
+        if quantization_config is not None and pair.wanted == {"av", "ar"}:
+            nla.round_trip().require()
+        return nla
 
     # -- what it is ------------------------------------------------------------------------------------------
 
@@ -185,77 +167,43 @@ class NLA:
     @property
     def reference(self) -> Reference | None:
         """FVE denominators stored with the pair, None where there are none."""
-        record = self._sidecar.fve_reference or (self._ar.sidecar.fve_reference if self._ar else None)
+        record = self._sidecar.fve_reference or (self._ar_sidecar.fve_reference if self._ar_sidecar else None)
         return None if record is None else Reference(**vars(record))
 
     @property
     def av(self) -> Verbalizer:
         """The verbalizer."""
-        if self._av is None:
-            raise InputError("The AV was not loaded.", next_step='load with components=("av", "ar")')
-        return self._av
+        return cast(Verbalizer, self._part("av"))
 
     @property
     def ar(self) -> Reconstructor:
         """The reconstructor."""
-        if self._ar is None:
-            raise InputError("The AR was not loaded.", next_step='load with components=("av", "ar")')
-        return self._ar
+        return cast(Reconstructor, self._part("ar"))
+
+    def _part(self, name: Literal["av", "ar"]) -> Any:
+        if name not in self._parts:
+            raise InputError(f"The {name.upper()} was not loaded.", next_step='load with components=("av", "ar")')
+        return self._parts.get(name)
 
     def __repr__(self) -> str:
-        halves = "+".join(n for n, half in (("av", self._av), ("ar", self._ar)) if half is not None)
+        halves = "+".join(name for name in ("av", "ar") if name in self._parts)
         return (
             f"NLA({self.name!r}, {halves}, {self.site} of {self._base or self._sidecar.base_model}, d={self.d_model})"
         )
 
-    @cached_property
+    @property
     def source(self) -> Source:
         """The complete base model, for generation and steering."""
-        return self._open_source(complete=True)
+        return cast(Source, self._parts.get("source"))
 
     @property
     def capture_source(self) -> Source:
         """What capture runs on: the complete base model where it is loaded already, else only its trunk up to block K."""
-        return self.__dict__.get("source") or self._trunk
+        return cast(Source, self._parts.get("source" if "source" in self._parts.loaded else "trunk"))
 
-    @cached_property
-    def _trunk(self) -> Source:
-        return self._open_source(complete=False)
-
-    def _open_source(self, *, complete: bool) -> Source:
-        if self._base is None:
-            named = self._sidecar.base_model
-            raise CheckpointError(
-                "Nothing says where the base model of this pair is."
-                if named is None
-                else f"The sidecar calls the base model {named!r}, which is not a Hub name.",
-                where=self.name,
-                next_step='pass base_model="owner/name" or base_model="./path" to from_pretrained',
-            )
-        directory = self._base.fetch(self._hub)
-        config = load_config(directory, trust_remote_code=self._load.trust_remote_code).get_text_config()
-        faults = []
-        if self._family is not None and (family := adapter_for(config).name) != self._family:
-            faults.append(f"family: the pair is a {self._family}, the base model a {family}")
-        if config.hidden_size != self.d_model:
-            faults.append(f"d_model: the pair says {self.d_model}, the base model has hidden_size {config.hidden_size}")
-        if self.site.layer >= config.num_hidden_layers:
-            faults.append(
-                f"layer: the pair says K = {self.site.layer}, the model has {config.num_hidden_layers} blocks"
-            )
-        if faults:
-            raise SidecarError(
-                "This is not the base model of this pair.",
-                where=self._base,
-                faults=faults,
-                next_step='pass the right one: base_model="owner/name" or base_model="./path"',
-            )
-        if complete:
-            loaded = load_causal_lm(directory, self._load)
-        else:
-            loaded = load_trunk(directory, self.site, self._load)
-        tokenizer = load_tokenizer(directory, trust_remote_code=self._load.trust_remote_code)
-        return Source(loaded, tokenizer, str(self._base))
+    def release(self) -> None:
+        """Free the weights that are in memory; what is asked for next is loaded again."""
+        self._parts.release()
 
     # -- verbs -----------------------------------------------------------------------------------------------
 
@@ -496,11 +444,19 @@ class NLA:
             show_progress_bar=show_progress_bar,
         )
         rows: list[Explanation] = [e for group in found for e in group] if n > 1 else list(found)
-        if self._ar is None or not rows:
+        if "ar" not in self._parts or not rows:
             return Explanations(tuple(rows), self.reference)
         scores = self.score(rows, acts.vectors.repeat_interleave(n, dim=0), batch_size=batch_size)
         scored = tuple(e.with_(cosine=c, mse=m) for e, c, m in zip(rows, scores.cosine, scores.mse, strict=True))
         return Explanations(scored, scores.reference, scores.in_sample)
+
+    def round_trip(self) -> RoundTrip:
+        """Whether the pair still reads its own vectors: fixed texts through AR, AV (greedy) and AR again; see `round_trip`."""
+
+        def words(vectors: Tensor) -> list[str | None]:
+            return [e.text for e in self.verbalize(vectors, temperature=0)]
+
+        return round_trip(self.reconstruct, words)
 
     def steering_vector(self, to: str, minus: str | None = None) -> SteeringVector:
         """The direction from one text to another: AR(to)/||AR(to)|| - AR(minus)/||AR(minus)||, or the first alone.

@@ -55,10 +55,32 @@ class AVPrompt:
 def render_av_prompt(tokenizer: Any, sidecar: Sidecar) -> str:
     """The AV's template with its marker, as one user turn through the chat template, ready for the answer."""
     assert sidecar.marker is not None and sidecar.av_template is not None
-    content = sidecar.av_template.replace(INJECTION_PLACEHOLDER, sidecar.marker.char)
+    return _render(tokenizer, sidecar.av_template, sidecar.marker.char)
+
+
+def _render(tokenizer: Any, template: str, marker: str) -> str:
+    content = template.replace(INJECTION_PLACEHOLDER, marker)
     return render_messages(
         tokenizer, [{"role": "user", "content": content}], parse_special_tokens=True, add_generation_prompt=True
     )
+
+
+def measure_marker(tokenizer: Any, char: str, template: str) -> MarkerTokens:
+    """The ids of a marker and its neighbours in the rendered prompt, for contracts that name only the character.
+
+    Raises:
+        SidecarError: the marker is not one token, or does not stand once between two others.
+    """
+    alone = tokenizer(char, add_special_tokens=False)["input_ids"]
+    if len(alone) != 1:
+        raise SidecarError(f"The marker {char!r} is {len(alone)} tokens here.", got=alone, expected="one token")
+    ids = tokenizer(_render(tokenizer, template, char), add_special_tokens=False)["input_ids"]
+    places = [i for i, token in enumerate(ids) if token == alone[0]]
+    if len(places) != 1 or not 0 < places[0] < len(ids) - 1:
+        raise SidecarError(
+            f"The marker {char!r} stands {len(places)} times in the rendered prompt, expected once, inside it."
+        )
+    return MarkerTokens(char, alone[0], ids[places[0] - 1], ids[places[0] + 1])
 
 
 def marker_positions(ids: Sequence[int], marker: MarkerTokens) -> list[int]:
@@ -115,13 +137,14 @@ class ARPrompt:
     template: str
     suffix_ids: tuple[int, ...] | None
     max_length: int | None = None
+    special_tokens: bool = True
 
     @classmethod
     def build(cls, tokenizer: Any, sidecar: Sidecar, *, max_length: int | None = None) -> ARPrompt:
         """The AR prompt of a sidecar; raises a SidecarError where the suffix ids do not fit the tokenizer."""
         if sidecar.ar_template is None:
             raise SidecarError("The sidecar has no AR template.", expected="prompt_templates.ar")
-        prompt = cls(tokenizer, sidecar.ar_template, sidecar.ar_suffix_ids, max_length)
+        prompt = cls(tokenizer, sidecar.ar_template, sidecar.ar_suffix_ids, max_length, sidecar.ar_special_tokens)
         faults = prompt.faults()
         if faults:
             raise SidecarError(
@@ -147,7 +170,7 @@ class ARPrompt:
 
     def _ids(self, explanation: str) -> list[int]:
         text = self.template.replace(EXPLANATION_PLACEHOLDER, explanation)
-        return [int(i) for i in self.tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"]]
+        return [int(i) for i in self.tokenizer(text, add_special_tokens=self.special_tokens, verbose=False)["input_ids"]]
 
     def encode(self, explanation: str, *, where: str = "explanation") -> list[int]:
         """Ids of one filled template; the last one is the reading position.

@@ -16,19 +16,29 @@ from nla_hub.sidecar import Sidecar
 
 
 class ARModel(nn.Module):
-    """Trunk of K+1 blocks without final norm, then Linear(d, d) in float32 on the last attended token."""
+    """Trunk of K+1 blocks without final norm, then Linear(d, d) in float32 on the last attended token.
 
-    def __init__(self, adapter: Adapter, trunk: Any, head: nn.Linear) -> None:
+    With `head_input_scale` s the head reads s h / ||h|| instead of h (a sidecar's head_input "normalized"); without a bias
+    that changes the output's length only.
+    """
+
+    def __init__(self, adapter: Adapter, trunk: Any, head: nn.Linear, head_input_scale: float | None = None) -> None:
         super().__init__()
         self.adapter = adapter
         self.trunk = trunk
         self.head = head
+        self.head_input_scale = head_input_scale
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids, mask int64 [rows, length] -> vectors float32 [rows, d]; right for any padding side."""
-        hidden = self.adapter.trunk(self.trunk)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        # Learned positions (GPT-2) count from the row's first real token, which no model works out from a mask.
+        places = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        trunk = self.adapter.trunk(self.trunk)
+        hidden = trunk(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False).last_hidden_state
         rows = torch.arange(len(ids), device=ids.device)
         read = hidden[rows, last_real(mask)].float()
+        if self.head_input_scale is not None:
+            read = read * (self.head_input_scale / read.norm(dim=-1, keepdim=True))
         out: Tensor = self.head(read)
         return out
 

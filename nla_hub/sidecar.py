@@ -3,6 +3,7 @@
 `Site` is the only place that turns "layer K" into an index of `hidden_states` or a number of blocks.
 `Sidecar` is everything in which two NLAs differ, as data. It is written as schema version 2 with av/ar keys, which
 the reference client reads too (it needs numeric scales and fills templates with `str.format`: no stray braces).
+What strangers have written is read by `sidecar_reading`, whose tables are in `sidecar_dialects`.
 """
 
 from __future__ import annotations
@@ -11,23 +12,26 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from nla_hub import yaml_io
 from nla_hub.errors import SidecarError
 from nla_hub.log import logger
+from nla_hub.sidecar_dialects import OUTPUT_FORMAT as OUTPUT_FORMAT
+from nla_hub.sidecar_dialects import Role as Role
+from nla_hub.sidecar_dialects import merge as merge
+from nla_hub.sidecar_dialects import named_role as named_role
 
-Role = Literal["av", "ar"]
 InjectionKind = Literal["overwrite", "add"]
+HeadInput = Literal["raw", "normalized"]
 
 SIDECAR_NAME = "nla_meta.yaml"
 SCHEMA_VERSION = 2
 INJECTION_PLACEHOLDER = "{injection_char}"
 EXPLANATION_PLACEHOLDER = "{explanation}"
-OUTPUT_FORMAT = "explanation_tags"
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,8 @@ class MarkerTokens:
 class Injection:
     """How a vector enters the AV: `overwrite` the marker's embedding row, or `add` at the output of block 1.
 
-    `scale` is the L2 norm that an overwritten row gets; None puts the raw vector in.
+    `scale` is the L2 norm that an overwritten row gets; None puts the raw vector in, which on an AV only a sidecar that
+    says so (null, "raw", "none") can ask for.
     """
 
     kind: InjectionKind = "overwrite"
@@ -104,11 +109,44 @@ class ReferenceRecord:
 
 
 @dataclass(frozen=True)
+class Hints:
+    """What is known of a half from elsewhere (config.json, ar_meta.json, tokenizer): used only where its sidecar is silent.
+
+    Attributes:
+        d_model, layer, base_model: width, layer K, name of the base model.
+        injection: how an AV of this origin is known to be trained; counts only where the sidecar has neither
+            `injection.kind` nor `extraction.injection_scale`.
+        final_norm_stripped, head_input: of an AR, see `Sidecar`.
+        measure: (marker character, AV template) -> the marker's tokens in the rendered prompt; fills the ids that the
+            sidecar of an AV lacks. It may raise a SidecarError, which becomes a fault.
+    """
+
+    d_model: int | None = None
+    layer: int | None = None
+    base_model: str | None = None
+    injection: InjectionKind | None = None
+    final_norm_stripped: bool | None = None
+    head_input: HeadInput | None = None
+    measure: Callable[[str, str], MarkerTokens] | None = None
+
+
+_NO_HINTS = Hints()
+
+
+@dataclass(frozen=True)
 class Sidecar:
     """The parsed sidecar of one half of a pair.
 
-    `mse_scale` None means sqrt(d_model) (which is what released pairs hold as a number); `extra` keeps every key that
-    this version does not know, and is written back.
+    Attributes:
+        mse_scale: the L2 norm that an AR's loss gave both vectors; None means sqrt(d_model) (which is what released pairs
+            hold as a number), "raw" that it compared the vectors as they are (null in the file).
+        final_norm_stripped: whether an AR's head was trained without the final norm; None where nothing says.
+        head_input: what an AR's head reads: the hidden state h ("raw"), or h * mse_scale / ||h|| ("normalized").
+        ar_special_tokens: whether an AR's prompt begins with the tokenizer's BOS. Released pairs do; EasyNLA encodes without
+            (its nla/train_sft.py), which matters for tokenizers that have one.
+        adapter_stack: the LoRA folders of the repository that are applied to the base model, in this order; None where
+            the sidecar names none.
+        extra: every key that this version does not know; it is written back.
     """
 
     role: Role
@@ -119,7 +157,7 @@ class Sidecar:
     ar_template: str | None = None
     ar_suffix_ids: tuple[int, ...] | None = None
     injection: Injection = field(default_factory=Injection)
-    mse_scale: float | None = None
+    mse_scale: float | Literal["raw"] | None = None
     base_model: str | None = None
     source_revision: str | None = None
     pair_repo: str | None = None
@@ -127,40 +165,73 @@ class Sidecar:
     fve: Score | None = None
     fve_reference: ReferenceRecord | None = None
     final_norm_stripped: bool | None = None
+    head_input: HeadInput = "raw"
+    ar_special_tokens: bool = True
+    adapter_stack: tuple[str, ...] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     # -- reading ---------------------------------------------------------------------------------------------
 
     @classmethod
-    def read(cls, directory: Path) -> Sidecar:
-        """The sidecar of a model directory.
+    def read(
+        cls,
+        path: Path,
+        *,
+        role: Role | None = None,
+        hints: Hints = _NO_HINTS,
+        override: Mapping[str, Any] | None = None,
+    ) -> Sidecar:
+        """The sidecar of a model directory, or of one file (a YAML file; for a parquet file the sidecar beside it).
+
+        Args:
+            role, hints: see `parse`.
+            override: what the user knows better, laid over the file (`merge`).
 
         Raises:
             SidecarError: absent, unreadable, or faulty (all faults listed).
         """
-        path = directory / SIDECAR_NAME
-        if not path.is_file():
+        place = sidecar_path(path)
+        if not place.is_file():
             raise SidecarError(
-                f"This directory has no {SIDECAR_NAME}, so nothing says which layer, marker and prompts it was made for.",
-                where=directory,
+                f"This {'file' if path.is_file() else 'directory'} has no {place.name}, so nothing says which layer, "
+                "marker and prompts it was made for.",
+                where=path,
                 next_step="name a directory or repository of an NLA half (an AV or an AR)",
             )
-        raw = yaml_io.read(path, error=SidecarError)
-        sidecar = cls.parse(raw, where=path)
-        stored = raw.get("integrity")
-        if isinstance(stored, dict) and stored.get("sha256") not in (None, sidecar.integrity()):
-            logger.warning("%s was edited after it was written: its contents differ from the hash stored in it", path)
+        raw = merge(yaml_io.read(place, error=SidecarError), override or {})
+        sidecar = cls.parse(raw, where=place, role=role, hints=hints)
+        sidecar.warn_if_edited(raw, place)
         return sidecar
 
     @classmethod
-    def parse(cls, raw: Mapping[str, Any], *, where: object = SIDECAR_NAME) -> Sidecar:
-        """A sidecar from its YAML mapping; raises a SidecarError that lists all faults."""
-        return _Parser(raw, where).sidecar()
+    def parse(
+        cls,
+        raw: Mapping[str, Any],
+        *,
+        where: object = SIDECAR_NAME,
+        role: Role | None = None,
+        hints: Hints = _NO_HINTS,
+    ) -> Sidecar:
+        """A sidecar from its YAML mapping, in any dialect (docs/sidecar.md).
+
+        Args:
+            raw: what the file holds.
+            where: the file, for the message.
+            role: the half that is wanted, for sidecars that do not say which they are. One that does keeps its own role:
+                whether that will do is for the caller to say.
+            hints: what is known from elsewhere, where the sidecar is silent.
+
+        Raises:
+            SidecarError: with all faults.
+        """
+        from nla_hub.sidecar_reading import Reader  # the reader builds this class
+
+        return Reader(raw, where, role, hints).sidecar()
 
     # -- writing ---------------------------------------------------------------------------------------------
 
     def to_mapping(self) -> dict[str, Any]:
-        """The canonical form: version 2, av/ar keys, numeric scales."""
+        """The canonical form: version 2, av/ar keys, scales as numbers (null: raw); see docs/sidecar.schema.json."""
         tokens: dict[str, Any] = {}
         if self.marker is not None:
             tokens = {
@@ -172,9 +243,10 @@ class Sidecar:
         if self.ar_suffix_ids is not None:
             tokens["critic_suffix_ids"] = list(self.ar_suffix_ids)
         extraction: dict[str, Any] = {}
-        if self.injection.kind == "overwrite":
-            extraction["injection_scale"] = self.injection.scale
-        extraction["mse_scale"] = math.sqrt(self.d_model) if self.mse_scale is None else self.mse_scale
+        if self.injection.kind == "overwrite" or self.injection.scale is not None:
+            extraction["injection_scale"] = self.injection.scale  # None, the raw vector, is written as null
+        scale = math.sqrt(self.d_model) if self.mse_scale is None else self.mse_scale
+        extraction["mse_scale"] = None if scale == "raw" else scale
         templates = {"av": self.av_template, "ar": self.ar_template}
         known: dict[str, Any] = {
             "kind": "nla_model",
@@ -192,6 +264,9 @@ class Sidecar:
             "prompt_templates": {k: v for k, v in templates.items() if v is not None} or None,
             "output_format": OUTPUT_FORMAT,
             "final_norm_stripped": self.final_norm_stripped,
+            "head_input": None if self.head_input == "raw" else self.head_input,
+            "ar_special_tokens": None if self.ar_special_tokens else False,
+            "adapter_stack": None if self.adapter_stack is None else list(self.adapter_stack),
             "fve": None if self.fve is None else _without_none(vars(self.fve)),
             "fve_reference": None if self.fve_reference is None else _without_none(vars(self.fve_reference)),
         }
@@ -208,6 +283,12 @@ class Sidecar:
         canonical = json.dumps(_named(self.to_mapping()), sort_keys=True, ensure_ascii=False, default=str)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
+    def warn_if_edited(self, raw: Mapping[str, Any], where: object) -> None:
+        """Warn where the mapping that this sidecar was parsed from holds the hash of other contents."""
+        stored = raw.get("integrity")
+        if isinstance(stored, Mapping) and stored.get("sha256") not in (None, self.integrity()):
+            logger.warning("%s was edited after it was written: its contents differ from the hash stored in it", where)
+
     def write(self, directory: Path) -> Path:
         """Write `nla_meta.yaml` atomically and return its path."""
         path = directory / SIDECAR_NAME
@@ -221,12 +302,18 @@ class Sidecar:
     # -- verifying -------------------------------------------------------------------------------------------
 
     def config_faults(self, config: Any) -> list[str]:
-        """What disagrees between this sidecar and a transformers config (of the AV or AR itself)."""
+        """What disagrees between this sidecar and a transformers config (of the AV or AR itself).
+
+        The config may be a wrapper around a text model, and may spell its sizes as its family does (GPT-2's `n_embd`):
+        transformers maps both.
+        """
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        width, layers = getattr(text, "hidden_size", None), getattr(text, "num_hidden_layers", None)
         faults = []
-        if text.hidden_size != self.d_model:
-            faults.append(f"d_model: the sidecar says {self.d_model}, config.json says hidden_size {text.hidden_size}")
-        layers = int(text.num_hidden_layers)
+        if width is None or layers is None:
+            return ["config.json has no hidden_size or no num_hidden_layers: it describes no decoder"]
+        if width != self.d_model:
+            faults.append(f"d_model: the sidecar says {self.d_model}, config.json says hidden_size {width}")
         if self.role == "ar" and layers != self.site.n_blocks:
             faults.append(
                 f"layer: the sidecar says K = {self.site.layer}, so an AR has {self.site.n_blocks} blocks; "
@@ -242,7 +329,7 @@ class Sidecar:
         pairs = {
             "d_model": (self.d_model, other.d_model),
             "layer K": (self.site.layer, other.site.layer),
-            "base model": (_base_family(self.base_model), _base_family(other.base_model)),
+            "base model": (base_family(self.base_model), base_family(other.base_model)),
         }
         for name, (mine, theirs) in pairs.items():
             if mine != theirs and None not in (mine, theirs):
@@ -253,9 +340,11 @@ class Sidecar:
 
 
 def _named(value: Any) -> Any:
-    """`value` with every key as text: unknown keys of strangers may be numbers, which do not sort among words."""
+    """`value` with keys as text and sets in order: strangers' keys may be numbers, which do not sort among words."""
     if isinstance(value, Mapping):
         return {str(key): _named(item) for key, item in value.items()}
+    if isinstance(value, set):
+        return sorted(map(str, value))
     return [_named(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
@@ -263,228 +352,16 @@ def _without_none(mapping: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in mapping.items() if value is not None}
 
 
-def _base_family(name: str | None) -> str | None:
+def base_family(name: str | None) -> str | None:
     """A base model's name without owner and revision: forks and mirrors of one base are the same family."""
     return None if name is None else re.split("@", name.rstrip("/").split("/")[-1])[0].lower()
 
 
-_FIELD_TYPES: dict[str, type] = {"str": str, "int": int, "float": float}
-_TYPE_WORDS: dict[type, str] = {str: "text", int: "a whole number", float: "a finite number"}
-
-
-def _is_number(value: object) -> bool:
-    """Whether a YAML value is a finite number that a float can hold."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return math.isfinite(value) if isinstance(value, float) else abs(value) < 1e300
-
-
-class _Parser:
-    """Reads one mapping, collecting faults instead of stopping at the first."""
-
-    def __init__(self, raw: Mapping[str, Any], where: object) -> None:
-        self.raw = raw
-        self.where = where
-        self.faults: list[str] = []
-        self.known: set[tuple[str, ...]] = set()
-
-    def sidecar(self) -> Sidecar:
-        self.known |= {("kind",), ("schema_version",), ("integrity",), ("output_format",)}
-        kind, version = self.raw.get("kind"), self.raw.get("schema_version")
-        if kind not in (None, "nla_model"):
-            self.faults.append(f"kind: got {kind!r}, expected 'nla_model'")
-        if version not in (None, SCHEMA_VERSION):
-            self.faults.append(f"schema_version: got {version!r}; this version of nla-hub reads {SCHEMA_VERSION}")
-        role = self._role()
-        d_model = self._integer("d_model", required=True, minimum=1) or 0
-        layer = self._layer()
-        injection = self._injection(role, d_model)
-        sidecar = Sidecar(
-            role=role,
-            d_model=d_model,
-            site=Site(layer),
-            marker=self._marker(role),
-            av_template=self._template("av", role, INJECTION_PLACEHOLDER),
-            ar_template=self._template("ar", role, EXPLANATION_PLACEHOLDER),
-            ar_suffix_ids=self._suffix(),
-            injection=injection,
-            mse_scale=self._scale("mse_scale", d_model),
-            base_model=self._text("base_checkpoint"),
-            source_revision=self._text("source_revision"),
-            pair_repo=self._text("pair_repo"),
-            stage=self._text("stage"),
-            fve=self._record("fve", Score),
-            fve_reference=self._record("fve_reference", ReferenceRecord),
-            final_norm_stripped=self._boolean("final_norm_stripped"),
-            extra=self._unknown(),
-        )
-        if self.faults:
-            plural = "fault" if len(self.faults) == 1 else "faults"
-            raise SidecarError(
-                f"This sidecar has {len(self.faults)} {plural}:",
-                where=self.where,
-                faults=self.faults,
-                next_step="correct the sidecar, or ask its author; a pair is only as good as its contract",
-            )
-        return sidecar
-
-    # Each getter notes its key as known and adds a fault instead of raising.
-
-    def _get(self, *path: str) -> Any:
-        self.known.add(path)
-        value: Any = self.raw
-        for key in path:
-            if not isinstance(value, Mapping) or key not in value:
-                return None
-            value = value[key]
-        return value
-
-    def _role(self) -> Role:
-        value = self._get("role")
-        if value not in ("av", "ar"):
-            self.faults.append(f"role: got {value!r}, expected 'av' or 'ar'")
-            return "av"
-        return cast(Role, value)
-
-    def _integer(self, *path: str, required: bool = False, minimum: int = 0) -> int | None:
-        value = self._get(*path)
-        name = ".".join(path)
-        if value is None:
-            if required:
-                self.faults.append(f"{name}: missing")
-            return None
-        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-            self.faults.append(f"{name}: got {value!r}, expected a whole number >= {minimum}")
-            return None
-        return value
-
-    def _text(self, *path: str) -> str | None:
-        value = self._get(*path)
-        if value is not None and not isinstance(value, str):
-            self.faults.append(f"{'.'.join(path)}: got {value!r}, expected text")
-            return None
-        return value
-
-    def _boolean(self, *path: str) -> bool | None:
-        value = self._get(*path)
-        if value is not None and not isinstance(value, bool):
-            self.faults.append(f"{'.'.join(path)}: got {value!r}, expected true or false")
-            return None
-        return value
-
-    def _layer(self) -> int:
-        places = [("extraction_layer_index",), ("critic", "extraction_layer_index")]
-        found = {".".join(p): v for p in places if (v := self._integer(*p)) is not None}
-        if len(set(found.values())) > 1:
-            self.faults.append("layer: " + ", ".join(f"{k} says {v}" for k, v in found.items()))
-        if not found:
-            if not any("extraction_layer_index" in fault for fault in self.faults):
-                self.faults.append("extraction_layer_index: missing")
-            return 0
-        return next(iter(found.values()))
-
-    def _number(self, *path: str) -> float | None:
-        value = self._get(*path)
-        if value is None:
-            return None
-        if not _is_number(value) or value <= 0:
-            self.faults.append(f"{'.'.join(path)}: got {value!r}, expected a positive number")
-            return None
-        return float(value)
-
-    def _scale(self, name: str, d_model: int) -> float | None:
-        value = self._get("extraction", name)
-        if value == "sqrt_d_model":
-            return math.sqrt(d_model) if d_model else None
-        return self._number("extraction", name)
-
-    def _injection(self, role: Role, d_model: int) -> Injection:
-        kind = self._get("injection", "kind")
-        raw_scale = self._get("extraction", "injection_scale")
-        scale = self._scale("injection_scale", d_model)
-        if kind is None and (raw_scale is not None or role == "ar"):
-            kind = "overwrite"
-        if kind not in ("overwrite", "add"):
-            self.faults.append(f"injection.kind: got {kind!r}, expected 'overwrite' or 'add'")
-            kind = "overwrite"
-        if role == "av" and kind == "overwrite" and raw_scale is None:
-            self.faults.append(
-                "extraction.injection_scale: missing; an AV that overwrites needs the norm it was trained with"
-            )
-        return Injection(kind=cast(InjectionKind, kind), scale=scale)
-
-    def _marker(self, role: Role) -> MarkerTokens | None:
-        char = self._text("tokens", "injection_char")
-        names = ("injection_token_id", "injection_left_neighbor_id", "injection_right_neighbor_id")
-        ids = [self._integer("tokens", name, required=role == "av") for name in names]
-        if char is None:
-            if role == "av":
-                self.faults.append("tokens.injection_char: missing")
-            return None
-        if len(char) != 1:
-            self.faults.append(f"tokens.injection_char: got {char!r}, expected one character")
-        if any(i is None for i in ids):
-            return None
-        return MarkerTokens(char, *cast("list[int]", ids))
-
-    def _template(self, name: str, role: Role, placeholder: str) -> str | None:
-        value = self._text("prompt_templates", name)
-        if value is None:
-            if name == role:
-                self.faults.append(f"prompt_templates.{name}: missing")
-            return None
-        found = re.findall(r"\{[^{}\s]*\}", value)
-        count = found.count(placeholder)
-        if count != 1:
-            self.faults.append(f"prompt_templates.{name}: {placeholder} stands {count} times, expected once")
-        for unknown in sorted(set(found) - {placeholder}):
-            self.faults.append(f"prompt_templates.{name}: unknown placeholder {unknown}")
-        return value
-
-    def _suffix(self) -> tuple[int, ...] | None:
-        value = self._get("tokens", "critic_suffix_ids")
-        if value is None:
-            return None
-        if not isinstance(value, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in value):
-            self.faults.append(f"tokens.critic_suffix_ids: got {value!r}, expected a list of token ids")
-            return None
-        return tuple(value)
-
-    def _record(self, name: str, kind: type[Any]) -> Any:
-        value = self._get(name)
-        if value is None:
-            return None
-        if not isinstance(value, Mapping):
-            self.faults.append(f"{name}: got {value!r}, expected a mapping")
-            return None
-        names = list(kind.__dataclass_fields__)
-        try:
-            record = kind(**{key: value[key] for key in names if key in value})
-        except TypeError as error:
-            self.faults.append(f"{name}: {str(error).split(') ', 1)[-1]}")
-            return None
-        for key, field_ in kind.__dataclass_fields__.items():
-            item = getattr(record, key)
-            expected = _FIELD_TYPES[str(field_.type).removesuffix(" | None")]
-            fits = _is_number(item) if expected is float else isinstance(item, expected) and not isinstance(item, bool)
-            if not fits and not (item is None and str(field_.type).endswith("None")):
-                self.faults.append(f"{name}.{key}: got {item!r}, expected {_TYPE_WORDS[expected]}")
-            elif key in ("raw_variance", "mean_norm") and item <= 0:
-                self.faults.append(f"{name}.{key}: got {item!r}, expected a positive number")
-        self.known |= {(name, key) for key in names}
-        return record
-
-    def _unknown(self) -> dict[str, Any]:
-        def rest(value: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
-            kept: dict[str, Any] = {}
-            for key, item in value.items():
-                here = (*path, key)
-                inside = any(k[: len(here)] == here and len(k) > len(here) for k in self.known)
-                if inside and isinstance(item, Mapping):
-                    if remaining := rest(item, here):
-                        kept[key] = remaining
-                elif here not in self.known:
-                    kept[key] = item
-            return kept
-
-        return rest(self.raw, ())
+def sidecar_path(path: Path) -> Path:
+    """Where the sidecar of a directory or file stands: inside the directory, beside a data file, or the file itself."""
+    if path.is_dir():
+        return path / SIDECAR_NAME
+    if path.suffix in (".yaml", ".yml"):
+        return path
+    is_data = path.is_file() or path.suffix == ".parquet"
+    return path.with_name(f"{path.name}.{SIDECAR_NAME}") if is_data else path / SIDECAR_NAME

@@ -87,6 +87,9 @@ def loads(data: bytes | str, *, where: object, error: type[NLAError]) -> dict[st
     except (yaml.YAMLError, ValueError, RecursionError) as cause:
         reason = " ".join(str(cause).split())
         raise error(f"This YAML is refused: {reason}", where=where) from cause
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as cause:
+        # A tag that does not fit its text, such as `!!float ''` or `!!bool maybe`: PyYAML lets its own mishaps through.
+        raise error("This YAML is refused: a value does not fit its tag.", where=where) from cause
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise error("A mapping with named keys is expected here.", where=where, got=type(value).__name__)
     return value
@@ -115,7 +118,11 @@ def dumps(value: Mapping[str, Any]) -> str:
         style = '"' if any(c in data for c in "\x85\u2028\u2029") else None
         return dumper.represent_scalar("tag:yaml.org,2002:str", data, style=style)
 
+    def members(dumper: yaml.SafeDumper, data: set[Any]) -> yaml.Node:
+        return dumper.represent_mapping("tag:yaml.org,2002:set", [(item, None) for item in sorted(data, key=str)])
+
     Dumper.add_representer(str, text)
+    Dumper.add_representer(set, members)  # in an order that does not change from process to process
     return yaml.dump(dict(value), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 

@@ -1,29 +1,26 @@
-"""Pairs that have a name: `zoo.yaml`, and what plug-ins add through the entry-point group `nla_hub.zoo`.
+"""Pairs that have a name: what the entry points of the group `nla_hub.zoo` list, our own `zoo.yaml` first.
 
-An entry point is a path to a YAML file of entries, or a callable that returns such a path or the mapping itself.
+An entry point is a path to a YAML file of entries, or the mapping itself, or a callable that returns either.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from nla_hub import yaml_io
+from nla_hub import registry, yaml_io
 from nla_hub.errors import NLAError
 from nla_hub.hub import HubOptions
-from nla_hub.locate import zoo_ref
+from nla_hub.locate import Ref, zoo_ref
 from nla_hub.log import logger
-from nla_hub.registry import unknown
 from nla_hub.schema import from_mapping
 from nla_hub.sidecar import SIDECAR_NAME, Score, Sidecar, Site
 
-GROUP = "nla_hub.zoo"
 NOT_MEASURED = "not measured"
 NOT_YET = "not yet"
 UNPINNED = "unpinned"
@@ -55,7 +52,8 @@ class ZooEntry:
     """One named pair.
 
     Attributes:
-        av, ar, base: where the halves and the source model are: `owner/name`, or `package:DIR` for packaged ones.
+        av, ar, base: where the halves and the source model are: `owner/name`, `package:DIR` for a directory of nla-hub
+            itself, or an absolute directory. In a YAML file `./DIR` and `../DIR` stand beside the file.
         av_revision, ar_revision, base_revision: pinned commits; None is "unpinned".
         licence: of the weights.
         adapter: registry name of the architecture's adapter.
@@ -66,7 +64,12 @@ class ZooEntry:
         base_gated: whether the source model's repository asks for its terms to be accepted.
         recipe, card: name of the recipe and of the model card; None is "not yet".
         scores: measured with a named protocol, or published by others.
+        av_folder, ar_folder: folders of the halves in repositories that hold several.
+        sidecar: what is known of the contract and not written (or written wrongly) in the repositories' own sidecars; it
+            holds for these repositories however they are named.
+        community: whether others than the paper's authors (and nla-hub) made it.
         name: the key in zoo.yaml.
+        distribution: what installed the entry: "nla-hub", or a plug-in.
     """
 
     av: str
@@ -85,20 +88,25 @@ class ZooEntry:
     recipe: str | None = None
     card: str | None = None
     scores: tuple[Score | PublishedScore, ...] = ()
+    av_folder: str = ""
+    ar_folder: str = ""
+    sidecar: dict[str, Any] = field(default_factory=dict)
+    community: bool = False
     name: str = ""
+    distribution: str = ""
 
     def faults(self) -> list[str]:
         """What the types cannot say (see schema.py)."""
         found = []
-        for field in ("av", "ar", "base"):
+        for half in ("av", "ar", "base"):
             try:
-                ref = zoo_ref(getattr(self, field))
+                ref = zoo_ref(getattr(self, half))
             except NLAError as error:
-                found.append(f"{field}: {error.what}")
+                found.append(f"{half}: {error.what}")
                 continue
-            if ref.kind not in ("hub", "package"):
-                found.append(f"{field}: got {getattr(self, field)!r}, expected owner/name or package:DIR")
-            elif field == "av" and ref.kind == "hub" and None in (self.layer, self.n_layers, self.d_model):
+            if ref.kind not in ("hub", "package") and not (ref.kind == "directory" and Path(ref.name).is_absolute()):
+                found.append(f"{half}: got {getattr(self, half)!r}, expected owner/name or package:DIR")
+            elif half == "av" and ref.kind == "hub" and None in (self.layer, self.n_layers, self.d_model):
                 found.append("av: an entry on the Hub needs layer, n_layers and d_model")
         if self.layer is not None and self.n_layers is not None and not 0 <= self.layer < self.n_layers:
             found.append(f"layer: got {self.layer}, expected 0 to {self.n_layers - 1}")
@@ -106,8 +114,8 @@ class ZooEntry:
 
     @property
     def packaged(self) -> bool:
-        """Whether the weights come with nla-hub itself."""
-        return zoo_ref(self.av).kind == "package"
+        """Whether the weights come with what installed the entry: nla-hub itself, or a plug-in."""
+        return zoo_ref(self.av).is_local
 
     @property
     def site(self) -> Site | None:
@@ -141,36 +149,97 @@ class ZooEntry:
     def where(self, half: Literal["av", "ar", "base"]) -> str:
         """Repository and revision of a half in words."""
         name, revision = getattr(self, half), getattr(self, f"{half}_revision")
-        return name if zoo_ref(name).kind == "package" else f"{name}@{revision or UNPINNED}"
+        return name if zoo_ref(name).is_local else f"{name}@{revision or UNPINNED}"
+
+
+@dataclass(frozen=True)
+class _Catalogue:
+    entries: Mapping[str, ZooEntry]
+    contested: Mapping[str, tuple[str, ...]]
+    """Names that several plug-ins give to a pair -> their distributions."""
 
 
 @cache
+def _catalogue() -> _Catalogue:
+    entries: dict[str, ZooEntry] = {}
+    contested: dict[str, tuple[str, ...]] = {}
+    for source, found in registry.zoos.items():
+        origin = registry.zoos.origin(source)
+        for name, entry in found.items():
+            rivals = contested.get(name) or ((entries[name].distribution,) if name in entries else ())
+            if registry.OWN_DISTRIBUTION in rivals:
+                logger.warning("%s may not replace our pair %r; its own is left out", origin, name)
+            elif rivals:
+                contested[name] = (*rivals, origin)
+            else:
+                entries[name] = replace(entry, distribution=origin)
+    for name, rivals in contested.items():
+        logger.warning("the pair %r comes from %s; it is left out", name, " and ".join(rivals))
+        del entries[name]
+    return _Catalogue(MappingProxyType(entries), contested)
+
+
 def zoo() -> Mapping[str, ZooEntry]:
     """All named pairs, ours first. A plug-in that cannot be read is logged and left out."""
-    entries = read_entries(Path(__file__).with_name("zoo.yaml"))
-    for point in entry_points(group=GROUP):
-        try:
-            added = _plugin_entries(point)
-        except Exception as cause:  # a plug-in may fail in every way there is, and costs only its own names
-            origin = point.dist.name if point.dist else "an unknown distribution"
-            logger.warning(
-                "the zoo plug-in %s of %s is left out: %s: %s", point.name, origin, type(cause).__name__, cause
-            )
-            continue
-        for name, entry in added.items():
-            if name in entries:
-                logger.warning("the zoo plug-in %s may not replace the entry %s", point.name, name)
-            else:
-                entries[name] = entry
-    return MappingProxyType(entries)
+    return _catalogue().entries
 
 
-def entry(name: str) -> ZooEntry:
-    """The entry called `name`; raises an UnknownNameError with the near names."""
+def forget() -> None:
+    """Read the zoo again when it is next asked for."""
+    _catalogue.cache_clear()
+
+
+def entry(name: str, *, hint: str | None = None) -> ZooEntry:
+    """The entry called `name`.
+
+    Args:
+        hint: a further sentence for the next step where there is no such name.
+
+    Raises:
+        UnknownNameError: no such pair; with the near names, and the plug-ins whose pairs could not be read.
+        NLAError: two plug-ins have a pair of this name.
+    """
     entries = zoo()
-    if name not in entries:
-        raise unknown("pair in the zoo", name, entries)
-    return entries[name]
+    if name in entries:
+        return entries[name]
+    if rivals := _catalogue().contested.get(name):
+        raise NLAError(
+            f"The pair {name!r} comes from {len(rivals)} plug-ins.",
+            got=" and ".join(rivals),
+            next_step="uninstall all of them but one",
+        )
+    lost = [plugin for plugin in registry.zoos.plugins() if plugin.state == "broken"]
+    hints = [f"The pairs of {p.distribution or 'a plug-in'} could not be read: {p.cause}" for p in lost]
+    raise registry.unknown("pair in the zoo", name, entries, next_step="; ".join(filter(None, [hint, *hints])) or None)
+
+
+def own_pairs() -> Path:
+    """Our own pairs; the entry point of this distribution."""
+    return Path(__file__).with_name("zoo.yaml")
+
+
+def entries_of(value: Any) -> dict[str, ZooEntry]:
+    """The entries behind an entry point of the group `nla_hub.zoo`.
+
+    Raises:
+        NLAError: neither a path nor a mapping nor a callable that returns one, or faulty entries.
+    """
+    found = value() if callable(value) else value
+    if isinstance(found, (str, os.PathLike)):
+        return read_entries(Path(found))
+    if isinstance(found, Mapping):
+        return read_entries(found)
+    raise NLAError("Pairs are a path, a mapping, or a callable that returns one.", got=type(found).__name__)
+
+
+def known_sidecar(ref: Ref, role: Literal["av", "ar"]) -> Mapping[str, Any]:
+    """What the zoo knows of the contract of a half, by its repository and folder; empty for an unknown one."""
+    for found in zoo().values():
+        if found.sidecar and ref.kind == "hub" and ref.name == getattr(found, role):
+            folder = getattr(found, f"{role}_folder")
+            if not folder or not ref.subfolder or folder == ref.subfolder:
+                return found.sidecar
+    return {}
 
 
 def read_entries(source: Path | Mapping[str, Any]) -> dict[str, ZooEntry]:
@@ -181,8 +250,24 @@ def read_entries(source: Path | Mapping[str, Any]) -> dict[str, ZooEntry]:
     """
     mapping = source if isinstance(source, Mapping) else yaml_io.read(source, error=NLAError)
     where = "zoo entries" if isinstance(source, Mapping) else source
-    table = from_mapping(_Table, {"entries": dict(mapping)}, where=where, what="list of pairs", error=NLAError)
+    beside = None if isinstance(source, Mapping) else source.resolve().parent
+    placed = {name: _placed(found, beside) for name, found in mapping.items()}
+    table = from_mapping(_Table, {"entries": placed}, where=where, what="list of pairs", error=NLAError)
     return {name: _with_packaged_facts(replace(found, name=name)) for name, found in table.entries.items()}
+
+
+def _placed(found: Any, beside: Path | None) -> Any:
+    """An entry with its directories spelled as the types want them: absolute texts."""
+    if not isinstance(found, Mapping):
+        return found
+    placed = dict(found)
+    for half in ("av", "ar", "base"):
+        value = placed.get(half)
+        if isinstance(value, os.PathLike):
+            placed[half] = os.fspath(value)
+        elif isinstance(value, str) and value.startswith(("./", "../")) and beside is not None:
+            placed[half] = str((beside / value).resolve())
+    return placed
 
 
 @dataclass(frozen=True)
@@ -190,20 +275,10 @@ class _Table:
     entries: dict[str, ZooEntry]
 
 
-def _plugin_entries(point: EntryPoint) -> dict[str, ZooEntry]:
-    value: Any = point.load()
-    if callable(value):
-        value = value()
-    if isinstance(value, (str, os.PathLike)):
-        return read_entries(Path(value))
-    if isinstance(value, Mapping):
-        return read_entries(value)
-    raise NLAError("A zoo plug-in must be a path, a mapping, or a callable that returns one.", got=type(value).__name__)
-
-
 def _packaged(name: str) -> Path | None:
-    """The directory of a `package:` name, or None where it holds no sidecar."""
-    directory = zoo_ref(name).fetch(HubOptions())
+    """The directory of a name that needs no download, or None where it holds no sidecar."""
+    ref = zoo_ref(name)
+    directory = Path(ref.name) if ref.kind == "directory" else ref.fetch(HubOptions())
     return directory if (directory / SIDECAR_NAME).is_file() else None
 
 

@@ -35,6 +35,15 @@ TEXTS = (
 )
 
 
+TRUNKS = {"gpt2": ("h", "ln_f"), "gpt_neox": ("layers", "final_layer_norm")}
+"""Names of the blocks and of the final norm, where they are not the usual ones."""
+
+
+def trunk_names(config: Any) -> tuple[str, str]:
+    """What the family calls its blocks and its final norm."""
+    return TRUNKS.get(config.model_type, ("layers", "norm"))
+
+
 def close(got: Tensor, expected: Tensor) -> None:
     """The project's "equal" for tensors: max|a-b| <= 1e-5 max|b|."""
     assert got.shape == expected.shape
@@ -72,6 +81,8 @@ class ReferenceAV:
         content = self.meta["prompt_templates"]["av"].replace("{injection_char}", char)
         bos = self.tokenizer.bos_token or ""
         self.text = f"{bos}<|user|>\n{content}<|end|>\n<|assistant|>\n"
+        if self.model.config.model_type == "qwen3":
+            self.text += "<think>\n\n</think>\n\n"  # what its template writes for enable_thinking=False
         self.ids: list[int] = self.tokenizer(self.text, add_special_tokens=False)["input_ids"]
         self.marker_id = self.meta["tokens"]["injection_token_id"]
         self.at = self.ids.index(self.marker_id)
@@ -93,7 +104,8 @@ class ReferenceAV:
                     hidden[:, self.at] = (here + here.norm(dim=-1, keepdim=True) * unit).float()
                     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-                handle = self.model.model.layers[1].register_forward_hook(add)
+                blocks = getattr(self.model.base_model, trunk_names(self.model.config)[0])
+                handle = blocks[1].register_forward_hook(add)
                 out = self.model(inputs_embeds=embeds, use_cache=False).logits
                 handle.remove()
         return out[:, len(self.ids) - 1 :]
@@ -131,10 +143,14 @@ class ReferenceAR:
         if getattr(config, "layer_types", None):
             config.layer_types = [*config.layer_types, "full_attention"]
         self.model = AutoModel.from_config(config).eval()
-        state = {k.removeprefix("model."): v for k, v in load_file(directory / "model.safetensors").items()}
+        prefix = f"{self.model.base_model_prefix}."
+        stored = load_file(directory / "model.safetensors")
+        assert all(name.startswith(prefix) for name in stored)
+        state = {name.removeprefix(prefix): value for name, value in stored.items()}
         missing, unexpected = self.model.load_state_dict(state, strict=False)
         assert not unexpected
-        assert all(name == "norm.weight" or name.startswith(f"layers.{self.index}.") for name in missing)
+        blocks, norm = trunk_names(config)
+        assert all(name.startswith((f"{norm}.", f"{blocks}.{self.index}.")) for name in missing)
         self.head = load_file(directory / "value_head.safetensors")["weight"]
 
     def ids(self, explanation: str) -> list[int]:
@@ -191,11 +207,11 @@ def engine_logits(engine: Any, vectors: Tensor) -> Tensor:
 
 def stops_rightly(completion: Completion, av: ReferenceAV, max_new_tokens: int) -> None:
     """A completion ends at the first EOS, closing tag or length bound, and says which."""
-    eos = av.tokenizer.eos_token_id
-    assert all(token != eos for token in completion.ids[:-1])
+    eos = {av.tokenizer.eos_token_id, av.model.generation_config.eos_token_id}
+    assert not eos & set(completion.ids[:-1])
     texts = [av.tokenizer.decode(completion.ids[: i + 1], skip_special_tokens=True) for i in range(len(completion.ids))]
     assert all("</explanation>" not in text for text in texts[:-1])
-    if completion.ids[-1] == eos:
+    if completion.ids[-1] in eos:
         assert completion.finish == "eos"
     elif "</explanation>" in texts[-1]:
         assert completion.finish == "tag"

@@ -51,9 +51,9 @@ def test_the_last_block_is_not_the_last_hidden_state(family: Case) -> None:
     )
     normed = family.source.hidden(ids, LAYERS)
     assert float((got - normed).abs().max()) > 0.1
-    text_stack = adapter_for(family.source.model.config).trunk(family.source.model)
+    model = family.source.model
     with torch.no_grad():
-        close(text_stack.norm(got), normed)
+        close(adapter_for(model.config).final_norm_module(model)(got), normed)
 
 
 def test_a_layer_that_the_model_does_not_have_is_refused(family: Case) -> None:
@@ -189,9 +189,10 @@ def test_a_model_that_overflows_says_so(llama: Case, monkeypatch: pytest.MonkeyP
 
     nla = NLA.from_pretrained(llama.pair.root, components=("ar",))
     nla.capture("the cat")
-    nla._trunk.loaded.model.embed_tokens.weight.data[5] = float("inf")
+    loaded = nla.capture_source.loaded
+    loaded.model.embed_tokens.weight.data[5] = float("inf")
     with pytest.raises(VectorError, match="The model itself produced"):
-        run_trunk(nla._trunk.loaded.adapter, nla._trunk.loaded.model, nla.site, [([0, 5], [1])], pad_id=0, batch_size=1)
+        run_trunk(loaded.adapter, loaded.model, nla.site, [([0, 5], [1])], pad_id=0, batch_size=1)
 
 
 def test_nothing_is_captured_from_nothing(llama: Case) -> None:

@@ -212,8 +212,8 @@ def test_a_config_that_builds_no_model_is_a_typed_error(copied: RandomPair, half
 
 
 def test_an_unknown_family_is_named_with_the_known_ones(copied: RandomPair) -> None:
-    edit_config(copied.av, model_type="gpt2", architectures=["GPT2LMHeadModel"], n_embd=64, n_layer=4)
-    with pytest.raises(UnknownNameError, match="adapter for model_type is called 'gpt2'"):
+    edit_config(copied.av, model_type="opt", architectures=["OPTForCausalLM"], num_hidden_layers=4)
+    with pytest.raises(UnknownNameError, match="adapter for model_type is called 'opt'"):
         load_causal_lm(copied.av, LoadOptions())
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from nla_hub import sidecar_schema
 from nla_hub.cli.reference import reference
 from nla_hub.publish import tiny_rl
 from nla_hub.publish.card import tiny_card
@@ -24,6 +25,8 @@ RUN_PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 
 GENERATED: dict[str, Callable[[], str]] = {
     "docs/cli.md": reference,
+    "docs/sidecar.md": sidecar_schema.page,
+    "docs/sidecar.schema.json": sidecar_schema.schema_json,
     "docs/tiny-rl.md": tiny_rl.page,
     "docs/tiny-training.md": lambda: render(json.loads((ROOT / "model_cards/tiny/history.json").read_text("utf-8"))),
     "model_cards/tiny.md": tiny_card,

@@ -109,23 +109,23 @@ def test_a_tag_that_is_spelled_in_several_tokens_stops_too(llama: Case, monkeypa
     assert (found.text, found.finish) == ("<explanation>a</explanation>", "tag")
 
 
-def test_order_does_not_change_texts(architecture: Case) -> None:
+def test_order_does_not_change_texts(crossed: Case) -> None:
     vectors = rows(9)
     order = [4, 8, 0, 2, 7, 1, 3, 6, 5]
     for temperature in (0.0, 0.9):
         run = {"temperature": temperature, "max_new_tokens": 16, "batch_size": 4}
-        straight = [e.raw for e in architecture.nla.verbalize(vectors, **run)]
-        shuffled = [e.raw for e in architecture.nla.verbalize(vectors[order], **run)]
+        straight = [e.raw for e in crossed.nla.verbalize(vectors, **run)]
+        shuffled = [e.raw for e in crossed.nla.verbalize(vectors[order], **run)]
         assert shuffled == [straight[i] for i in order]
         assert len(set(straight)) > 4
 
 
-def test_the_same_seed_gives_the_same_text_and_another_seed_another(architecture: Case) -> None:
+def test_the_same_seed_gives_the_same_text_and_another_seed_another(crossed: Case) -> None:
     vectors = rows(8)
     run = {"temperature": 0.9, "max_new_tokens": 16}
-    first = [e.raw for e in architecture.nla.verbalize(vectors, seed=3, batch_size=1, **run)]
-    again = [e.raw for e in architecture.nla.verbalize(vectors, seed=3, batch_size=8, **run)]
-    other = [e.raw for e in architecture.nla.verbalize(vectors, seed=4, batch_size=8, **run)]
+    first = [e.raw for e in crossed.nla.verbalize(vectors, seed=3, batch_size=1, **run)]
+    again = [e.raw for e in crossed.nla.verbalize(vectors, seed=3, batch_size=8, **run)]
+    other = [e.raw for e in crossed.nla.verbalize(vectors, seed=4, batch_size=8, **run)]
     assert first == again
     assert all(a != b for a, b in zip(first, other, strict=True))
 

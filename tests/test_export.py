@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Case
-from parity import close
+from parity import close, trunk_names
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -50,8 +50,9 @@ def test_an_export_in_bfloat16_loads_and_keeps_its_head_in_float32(architecture:
 
 def test_an_exported_ar_has_neither_norm_nor_lm_head(architecture: Case) -> None:
     names = set(load_file(architecture.pair.ar / "model.safetensors"))
-    assert not {n for n in names if n.startswith("lm_head") or n == "model.norm.weight"}
-    assert all(n.startswith("model.") for n in names)
+    prefix = f"{architecture.av.model.base_model_prefix}."
+    _, norm = trunk_names(architecture.av.model.config)
+    assert all(n.startswith(prefix) and not n.startswith(f"{prefix}{norm}.") for n in names)
 
 
 def test_a_broken_weight_is_never_written(llama: Case, tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_sampler_trainer_and_an_independent_forward_agree(
         assert figures["loss_difference"] < 1e-4
 
 
-@pytest.mark.parametrize("architecture", ["qwen2", "gemma3"])
+@pytest.mark.parametrize("architecture", ["qwen2", "gemma3", "gpt2"])
 def test_the_other_families_agree_too(pairs: Callable[..., RandomPair], tmp_path: Path, architecture: str) -> None:
     trainer, watcher = make_trainer(pairs(architecture), tmp_path, updates=2)
     trainer.train()

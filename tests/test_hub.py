@@ -6,16 +6,20 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Case
-from hub_server import REVISION, Hub
+from hub_server import REVISION, Hub, Request
+from wild import World, easynla_rl, run_folders
 
 from nla_hub.hub import MODEL_FILES, HubOptions
 
+PEFT = find_spec("peft") is not None
 TOKEN = "hf_" + "s3cret" * 5
 
 SCRIPT = r"""
@@ -32,7 +36,7 @@ def attempt(what, name, **keywords):
     result = {"what": what}
     try:
         nla = NLA.from_pretrained(name, **{"cache_dir": cache, **keywords})
-        result["repr"] = repr(nla) + repr(vars(nla)["_hub"])
+        result["repr"] = repr(nla) + repr(vars(nla))
         if "av" in keywords.get("components", ("av",)):
             rows = nla.explain(["the cat sees", "a house"], temperature=0, max_new_tokens=8)
             result["rows"] = [row.raw for row in rows]
@@ -56,6 +60,10 @@ attempt("no such revision", "owner/name-av", revision="v9")
 attempt("no such pinned revision", "owner/name-av", revision="f" * 40)
 attempt("no ar beside it", "owner/lonely-av")
 attempt("no name", "owner/a..b--c-av")
+attempt("folder", "owner/runs", subfolder="iter_0000200")
+attempt("which folder", "owner/runs")
+attempt("another word", "owner/x_Verbalizer_final")
+attempt("lora", "owner/lora")
 for name in ("unauthorized", "bad-token", "gated", "forbidden", "broken"):
     attempt(name, f"owner/{name}-av", token=token)
 try:
@@ -78,7 +86,7 @@ class Session:
     """What the process saw, and what the server was asked for."""
 
     results: dict[str, dict[str, Any]]
-    requests: list[tuple[str, str, str | None]]
+    requests: list[Request]
     output: str
 
 
@@ -91,12 +99,23 @@ def session(llama: Case, tmp_path_factory: pytest.TempPathFactory) -> Session:
     shutil.copytree(llama.pair.av, av)
     for decoy in ("pytorch_model.bin", "modeling_evil.py", "train.parquet"):
         (av / decoy).write_bytes(b"never downloaded")
+    world = World()
+    folders = run_folders(world, root / "runs")
+    if PEFT:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of transformers about what peft asks it
+            easynla_rl(world, root / "lora")
     hub = Hub(
         {
             "owner/name-av": av,
             "owner/name-ar": llama.pair.ar,
             "owner/lonely-av": llama.pair.av,
             "random/source": llama.pair.source,
+            "owner/runs": folders.name,
+            "owner/x_Verbalizer_final": llama.pair.av,
+            "owner/x_Reconstructor_final": llama.pair.ar,
+            "owner/base": root / "lora" / "base",
+            "owner/lora": root / "lora" / "run",
         }
     )
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
@@ -132,19 +151,42 @@ def test_a_pinned_revision_loads_and_explains_as_from_disk(session: Session, lla
 
 
 def test_the_ar_is_found_beside_the_av_and_the_source_by_the_sidecar(session: Session) -> None:
-    paths = [path for _, path, _ in session.requests]
+    paths = [path for _, path, *_ in session.requests]
     assert any(path.startswith("owner/name-ar/resolve/") for path in paths)
     assert any(path.startswith("random/source/resolve/") for path in paths)
 
 
+def test_of_many_folders_only_the_named_one_is_downloaded(session: Session) -> None:
+    assert session.results["folder"].get("rows"), session.results["folder"]
+    assert session.results["folder"]["model"] == "owner/runs/iter_0000200/av"
+    there = {path.split("/", 4)[4] for _, path, *_ in session.requests if path.startswith("owner/runs/resolve/")}
+    assert {"iter_0000200/av/model.safetensors", "iter_0000200/ar/value_head.safetensors"} <= there
+    assert not any(name.startswith("iter_0000100") for name in there)
+    asked = session.results["which folder"]
+    assert asked["error"] == "CheckpointError"
+    assert "iter_0000100/av" in asked["text"] and 'subfolder="' in asked["text"]
+
+
+def test_a_sibling_is_found_by_the_word_for_its_half(session: Session) -> None:
+    assert session.results["another word"].get("rows"), session.results["another word"]
+
+
+@pytest.mark.skipif(not PEFT, reason="the LoRA repository is written with peft (extra lora)")
+def test_a_lora_repository_brings_its_base_from_the_hub(session: Session) -> None:
+    assert session.results["lora"].get("rows"), session.results["lora"]
+    paths = [path for _, path, *_ in session.requests]
+    assert any(path.startswith("owner/base/resolve/") and path.endswith("model.safetensors") for path in paths)
+    assert not any("reference" in path for path in paths if path.startswith("owner/lora/resolve/"))
+
+
 def test_a_pinned_revision_is_what_is_asked_for(session: Session) -> None:
-    asked = [path for _, path, _ in session.requests if path.startswith("owner/name-av/resolve/")]
+    asked = [path for _, path, *_ in session.requests if path.startswith("owner/name-av/resolve/")]
     assert asked
     assert {path.split("/")[3] for path in asked} == {REVISION}
 
 
 def test_pickles_code_and_data_are_never_downloaded(session: Session) -> None:
-    files = {path.split("/")[-1] for _, path, _ in session.requests if "/resolve/" in path}
+    files = {path.split("/")[-1] for _, path, *_ in session.requests if "/resolve/" in path}
     assert "model.safetensors" in files
     assert not files & {"pytorch_model.bin", "modeling_evil.py", "train.parquet"}
     assert not any(pattern.endswith((".bin", ".py", ".pt")) for pattern in MODEL_FILES)
@@ -153,7 +195,7 @@ def test_pickles_code_and_data_are_never_downloaded(session: Session) -> None:
 def test_the_weights_of_a_half_that_was_not_asked_for_are_never_opened(session: Session, llama: Case) -> None:
     def first(half: str, name: str) -> int:
         path = f"owner/name-{half}/resolve/{REVISION}/{name}"
-        return next(i for i, (_, asked, _) in enumerate(session.requests) if asked == path)
+        return next(i for i, (_, asked, *_) in enumerate(session.requests) if asked == path)
 
     assert first("av", "nla_meta.yaml") < first("ar", "model.safetensors") < first("av", "model.safetensors")
     assert session.results["ar alone"]["vector"] == pytest.approx(llama.nla.reconstruct("the cat").tolist(), rel=1e-4)
@@ -207,8 +249,8 @@ def test_what_is_in_the_cache_needs_no_network(session: Session, what: str) -> N
 
 
 def test_a_token_is_sent_and_never_shown(session: Session) -> None:
-    assert any(sent == f"Bearer {TOKEN}" for _, _, sent in session.requests)
-    assert not any(sent for _, path, sent in session.requests if "absent" in path)
+    assert any(sent == f"Bearer {TOKEN}" for _, _, sent, *_ in session.requests)
+    assert not any(sent for _, path, sent, *_ in session.requests if "absent" in path)
     assert TOKEN not in session.output
     assert TOKEN not in repr(HubOptions(token=TOKEN))
     assert repr(HubOptions(token=True)).startswith("HubOptions(token=True")

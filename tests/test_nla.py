@@ -12,8 +12,7 @@ import torch
 from conftest import Case, Spec
 from parity import TEXTS, close
 
-from nla_hub import NLA, Explanation, SteeringVector
-from nla_hub import nla as nla_module
+from nla_hub import NLA, Explanation, SteeringVector, loading
 from nla_hub.engines.base import Completion
 from nla_hub.errors import (
     CheckpointError,
@@ -22,6 +21,10 @@ from nla_hub.errors import (
 )
 from nla_hub.flags import mostly_cjk
 from nla_hub.geometry import Reference
+from nla_hub.hub import HubOptions
+from nla_hub.locate import Ref
+from nla_hub.opening import open_half
+from nla_hub.pretrained import LoadOptions
 from nla_hub.sampling import vector_hash
 from nla_hub.sidecar import ReferenceRecord, Sidecar, Site
 from nla_hub.testing import D_MODEL, RandomPair
@@ -238,7 +241,6 @@ def test_a_pair_whose_ar_is_not_known_says_what_to_pass(copied: RandomPair) -> N
 
 
 def test_a_pair_whose_base_is_not_known_says_so_only_when_it_is_needed(copied: RandomPair) -> None:
-    from nla_hub.sidecar import Sidecar
 
     copied.source.rename(copied.root / "elsewhere")
     for name in (None, "gpt2", "/mnt/models/base", "a/b/c", "./local"):
@@ -335,14 +337,15 @@ def test_a_sidecar_replaces_a_guessed_ar_but_never_a_pinned_one(
     llama: Case, monkeypatch: pytest.MonkeyPatch, name: str, expected: str
 ) -> None:
     asked: list[str] = []
+    mine = open_half(Ref("directory", str(llama.pair.av)), "av", hub_options=HubOptions(), load_options=LoadOptions())
 
-    def open_half(ref: Any, role: str, options: Any, *, weights: bool) -> Any:
+    def opened(ref: Any, role: str, **settings: Any) -> Any:
         asked.append(ref.name)
         if role == "ar":
             raise _Stop
-        return llama.pair.av, Sidecar.read(llama.pair.av).with_(pair_repo="stranger/other-ar")
+        return replace(mine, sidecar=mine.sidecar.with_(pair_repo="stranger/other-ar"))
 
-    monkeypatch.setattr(nla_module, "open_half", open_half)
+    monkeypatch.setattr(loading, "open_half", opened)
     with pytest.raises(_Stop):
         NLA.from_pretrained(name)
     assert asked[-1] == expected

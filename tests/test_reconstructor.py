@@ -61,7 +61,7 @@ def test_one_text_gives_one_vector_and_none_gives_none(llama: Case) -> None:
 def test_the_trunk_has_exactly_the_blocks_that_reach_the_site_and_no_norm(family: Case) -> None:
     model = family.nla.ar.model
     assert len(model.adapter.block_list(model.trunk)) == family.pair.site.layer + 1
-    assert isinstance(model.adapter.trunk(model.trunk).norm, torch.nn.Identity)
+    assert isinstance(model.adapter.final_norm_module(model.trunk), torch.nn.Identity)
     assert model.head.weight.dtype == torch.float32
 
 

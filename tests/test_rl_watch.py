@@ -24,7 +24,7 @@ from nla_hub.engines.base import Completion
 from nla_hub.engines.transformers import TransformersEngine
 from nla_hub.errors import TrainingError
 from nla_hub.injection import Injector
-from nla_hub.nla import Source
+from nla_hub.loading import Source
 from nla_hub.pretrained import LoadOptions, load_tokenizer, load_trunk
 from nla_hub.prompts import ARPrompt
 from nla_hub.sidecar import Sidecar, Site

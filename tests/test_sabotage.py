@@ -130,13 +130,13 @@ def test_a_neighbour_check_of_one_side_only_is_seen(llama: Case, broken: pytest.
 
 
 def test_an_injection_at_the_wrong_token_is_seen(
-    architecture: Case, broken: pytest.MonkeyPatch, vectors: torch.Tensor
+    crossed: Case, broken: pytest.MonkeyPatch, vectors: torch.Tensor
 ) -> None:
-    prompt = architecture.nla.av.engine.av.prompt
+    prompt = crossed.nla.av.engine.av.prompt
     moved = replace(prompt, marker_position=prompt.marker_position + 1)
-    broken.setattr(architecture.nla.av.engine, "av", replace(architecture.nla.av.engine.av, prompt=moved))
+    broken.setattr(crossed.nla.av.engine, "av", replace(crossed.nla.av.engine.av, prompt=moved))
     with must_fail():
-        check_logits(architecture, vectors)
+        check_logits(crossed, vectors)
 
 
 # -- BOS -----------------------------------------------------------------------------------------------------
@@ -152,9 +152,9 @@ def dropped(ids: Sequence[int]) -> list[int]:
 
 @pytest.mark.parametrize("wrong", [doubled, dropped])
 def test_bos_doubled_or_dropped_in_the_av_prompt_is_seen(
-    architecture: Case, broken: pytest.MonkeyPatch, vectors: torch.Tensor, wrong: Callable[[Sequence[int]], list[int]]
+    crossed: Case, broken: pytest.MonkeyPatch, vectors: torch.Tensor, wrong: Callable[[Sequence[int]], list[int]]
 ) -> None:
-    check_logits(architecture, vectors)
+    check_logits(crossed, vectors)
     build = AVPrompt.build.__func__  # type: ignore[attr-defined]
 
     def rebuilt(cls: type[AVPrompt], *args: Any) -> AVPrompt:
@@ -164,7 +164,7 @@ def test_bos_doubled_or_dropped_in_the_av_prompt_is_seen(
 
     broken.setattr(AVPrompt, "build", classmethod(rebuilt))
     with must_fail():
-        check_logits(again(architecture), vectors)
+        check_logits(again(crossed), vectors)
 
 
 @pytest.mark.parametrize("wrong", [doubled, dropped])
@@ -215,22 +215,20 @@ WRONG_VECTORS: dict[str, Callable[[Injector, torch.Tensor], torch.Tensor]] = {
 
 
 @pytest.mark.parametrize("wrong", WRONG_VECTORS)
-def test_a_wrong_vector_is_seen(
-    architecture: Case, broken: pytest.MonkeyPatch, vectors: torch.Tensor, wrong: str
-) -> None:
-    check_logits(architecture, vectors)
+def test_a_wrong_vector_is_seen(crossed: Case, broken: pytest.MonkeyPatch, vectors: torch.Tensor, wrong: str) -> None:
+    check_logits(crossed, vectors)
     broken.setattr(Injector, "entering", WRONG_VECTORS[wrong])
     with must_fail():
-        check_logits(architecture, vectors)
+        check_logits(crossed, vectors)
 
 
 @pytest.mark.parametrize("wrong", ["zero", "raw norm", "flipped"])
 def test_a_wrong_vector_is_seen_in_the_text_too(
-    architecture: Case, broken: pytest.MonkeyPatch, vectors: torch.Tensor, wrong: str
+    crossed: Case, broken: pytest.MonkeyPatch, vectors: torch.Tensor, wrong: str
 ) -> None:
     broken.setattr(Injector, "entering", WRONG_VECTORS[wrong])
     with must_fail():
-        check_generation(architecture, vectors)
+        check_generation(crossed, vectors)
 
 
 def test_an_added_vector_that_is_not_scaled_to_the_residual_is_seen(

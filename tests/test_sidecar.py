@@ -170,9 +170,9 @@ def test_editing_by_hand_warns_once_and_goes_on(tmp_path: Path, caplog: pytest.L
 
 def test_all_faults_come_at_once() -> None:
     raw = {
-        "kind": "nla_dataset",
+        "kind": "nla_adapter",
         "schema_version": 3,
-        "role": "actor",
+        "role": "policy",
         "d_model": "64",
         "extraction": {"injection_scale": -1, "mse_scale": math.nan},
         "tokens": {"injection_char": "ab", "injection_token_id": True, "critic_suffix_ids": "1 2"},
@@ -180,12 +180,15 @@ def test_all_faults_come_at_once() -> None:
         "injection": {"kind": "paste"},
         "fve_reference": {"dataset": "x"},
         "final_norm_stripped": "yes",
+        "head_input": "unit",
+        "adapter_stack": ["../av"],
+        "output_format": "json",
     }
     found = faults(raw)
     for word in (
-        "kind: got 'nla_dataset'",
+        "kind: got 'nla_adapter'",
         "schema_version: got 3",
-        "role: got 'actor'",
+        "role: got 'policy'",
         "d_model: got '64'",
         "extraction_layer_index: missing",
         "extraction.injection_scale: got -1",
@@ -201,6 +204,9 @@ def test_all_faults_come_at_once() -> None:
         "injection.kind: got 'paste'",
         "fve_reference: ",
         "final_norm_stripped: got 'yes'",
+        "head_input: got 'unit'",
+        "adapter_stack: got ['../av']",
+        "output_format: got 'json', expected 'explanation_tags'",
     ):
         assert any(word in fault for fault in found), f"{word} is not among {found}"
 
@@ -209,18 +215,25 @@ def test_all_faults_come_at_once() -> None:
     ("path", "value", "words"),
     [
         ("extraction.injection_scale", ..., "injection_scale: missing"),
-        ("extraction.injection_scale", None, "injection_scale: missing"),
         ("extraction.injection_scale", 0, "injection_scale: got 0"),
         ("extraction.injection_scale", -3.0, "injection_scale: got -3.0"),
         ("extraction.injection_scale", math.nan, "injection_scale: got nan"),
         ("extraction.injection_scale", math.inf, "injection_scale: got inf"),
         ("extraction.injection_scale", True, "injection_scale: got True"),
-        ("extraction.injection_scale", "150", "injection_scale: got '150'"),
+        ("extraction.injection_scale", "loud", "injection_scale: got 'loud'"),
+        ("extraction.injection_scale", "-150", "injection_scale: got '-150'"),
+        ("extraction.injection_scale", "0", "injection_scale: got '0'"),
+        ("extraction.injection_scale", "nan", "injection_scale: got 'nan'"),
+        ("extraction.injection_scale", "1e9999", "injection_scale: got '1e9999'"),
+        ("extraction.injection_scale", "1_50", "injection_scale: got '1_50'"),
+        ("extraction.injection_scale", "١٥٠", "injection_scale: got '١٥٠'"),
+        pytest.param("d_model", 10**5000, "d_model: got a number too large to print", id="5000 digits"),
         ("extraction.injection_scale", 10**400, "injection_scale: got 1000"),
         ("d_model", ..., "d_model: missing"),
         ("d_model", 0, "d_model: got 0"),
         ("d_model", -4, "d_model: got -4"),
         ("d_model", 3584.0, "d_model: got 3584.0"),
+        ("d_model", 10**400, "d_model: got 1000"),
         ("extraction_layer_index", -1, "extraction_layer_index: got -1"),
         ("extraction_layer_index", ..., "extraction_layer_index: missing"),
         (
@@ -229,6 +242,13 @@ def test_all_faults_come_at_once() -> None:
             "extraction_layer_index says 20, critic.extraction_layer_index says 21",
         ),
         ("role", ..., "role: got None"),
+        ("role", ["av"], "role: got ['av']"),
+        ("schema_version", True, "schema_version: got True"),
+        ("schema_version", "2", "schema_version: got '2'"),
+        ("schema_version", 2.0, "schema_version: got 2.0"),
+        ("tokens", [1, 2], "tokens: got [1, 2], expected a mapping"),
+        ("extraction", "none", "extraction: got 'none', expected a mapping"),
+        ("injection", "add", "injection: got 'add', expected a mapping"),
         ("tokens.injection_char", ..., "injection_char: missing"),
         ("prompt_templates.av", ..., "prompt_templates.av: missing"),
         ("prompt_templates.av", "{injection_char}{injection_char}", "stands 2 times"),
@@ -249,7 +269,16 @@ def test_all_faults_come_at_once() -> None:
             {"dataset": "x", "n": 5, "raw_variance": 0.7, "mean_norm": 1.0, "norm_p0_5": "low"},
             "norm_p0_5: got 'low'",
         ),
+        ("fve", {"value": 0.7, "baseline": "raw_variance", "dataset": "x", "n": -1}, "fve.n: got -1"),
         ("base_checkpoint", 7, "base_checkpoint: got 7"),
+        ("adapter_stack", [], "adapter_stack: got []"),
+        ("adapter_stack", "av", "adapter_stack: got 'av'"),
+        ("adapter_stack", ["av", "av/"], "adapter_stack: got ['av', 'av/']"),
+        ("adapter_stack", ["av", 7], "adapter_stack: got ['av', 7]"),
+        *(
+            ("adapter_stack", [name], "adapter_stack: got ")
+            for name in ("", ".", "..", "/av", "av/../x", "av//x", "~/av", ".git", "a\\b", "av\n", "C:av", "av/..")
+        ),
     ],
 )
 def test_each_fault_is_named(path: str, value: Any, words: str) -> None:

@@ -262,8 +262,9 @@ def check_left_padding(family: Case, positions: Any) -> None:
     longest = max(map(len, prompts))
     ids = torch.tensor([[1] * (longest - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    places = (mask.cumsum(dim=1) - 1).clamp(min=0)  # what `generate` passes; learned positions (GPT-2) need it
     with direction(3).apply(model, 4.0, positions=positions), torch.no_grad():
-        logits = model(input_ids=ids, attention_mask=mask).logits[:, -1]
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=places).logits[:, -1]
         singly = torch.stack([hidden_states(family, p)[1][-1] for p in prompts])
         together = generate(model, ids, mask)
         alone = [generate(model, torch.tensor([p]))[0] for p in prompts]

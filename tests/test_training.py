@@ -20,7 +20,8 @@ from nla_hub.batching import pad_right
 from nla_hub.errors import InputError, MissingExtraError, RecipeError, RunError, TrainingError, UnknownNameError
 from nla_hub.geometry import direction_mse, norms
 from nla_hub.injection import Injector
-from nla_hub.nla import NLA, Source
+from nla_hub.loading import Source
+from nla_hub.nla import NLA
 from nla_hub.pretrained import LoadOptions, load_causal_lm, load_tokenizer, load_trunk
 from nla_hub.prompts import ARPrompt, AVPrompt
 from nla_hub.sidecar import Sidecar, Site

@@ -45,6 +45,14 @@ from nla_hub.sidecar import Sidecar
         ("a: " + "[" * 1200 + "]" * 1200, "recursion"),
         ("a: " + "x" * 1_000_001, "more than 1000000"),
         ("a: \x07", "special characters are not allowed"),
+        ("a: !!float ''", "does not fit its tag"),
+        ("a: !!int ''", "does not fit its tag"),
+        ("a: !!int '-'", "does not fit its tag"),
+        ("a: !!bool maybe", "does not fit its tag"),
+        ("a: !!timestamp soon", "does not fit its tag"),
+        ("a: !!float " + ":".join(["59"] * 2000), "does not fit its tag"),
+        ("a: !!omap {x: 1}", "expected a sequence"),
+        ("a: {<<: 5}", "expected a mapping"),
     ],
 )
 def test_hostile_yaml_is_refused_and_nothing_runs(tmp_path: Path, text: str, words: str) -> None:
@@ -75,6 +83,13 @@ def test_a_huge_file_is_refused_without_being_read(tmp_path: Path) -> None:
 
 def test_yaml_that_an_alias_merely_repeats_is_read() -> None:
     assert yaml_io.loads("a: &x {b: 1}\nc: *x", where="x", error=SidecarError) == {"a": {"b": 1}, "c": {"b": 1}}
+
+
+def test_sets_are_written_in_one_order() -> None:
+    text = yaml_io.dumps({"a": {"c", "b", "d", 1}})
+    assert text == yaml_io.dumps({"a": {"d", 1, "c", "b"}})
+    assert [line.split()[0] for line in text.splitlines()[1:]] == ["1:", "b:", "c:", "d:"]
+    assert yaml_io.loads(text, where="x", error=SidecarError) == {"a": {"b", "c", "d", 1}}
 
 
 @given(st.dictionaries(names, values, min_size=1, max_size=5))

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from importlib.metadata import EntryPoint, EntryPoints
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from plugin_site import install_module, plugged
+from typer.testing import CliRunner
 
 from nla_hub import registry
-from nla_hub import zoo as zoo_module
-from nla_hub.errors import NLAError, UnknownNameError
+from nla_hub.cli.app import app
+from nla_hub.errors import InputError, NLAError, UnknownNameError
+from nla_hub.locate import resolve_pair
 from nla_hub.resources import data_directory
 from nla_hub.sidecar import Injection, MarkerTokens, Score, Sidecar, Site
 from nla_hub.zoo import ZooEntry, entry, read_entries, zoo
@@ -41,13 +44,14 @@ HUB_ENTRY: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def _fresh_cache() -> Iterator[None]:
-    zoo.cache_clear()
+    registry.refresh()
     yield
-    zoo.cache_clear()
+    registry.refresh()
 
 
 def test_our_names_in_order() -> None:
-    assert list(zoo()) == ["tiny", *RELEASED]
+    assert list(zoo())[:5] == ["tiny", *RELEASED]
+    assert {found.distribution for found in zoo().values()} == {"nla-hub"}
 
 
 @pytest.mark.parametrize("name", RELEASED)
@@ -138,49 +142,105 @@ def test_faults_of_several_entries_at_once() -> None:
 
 # -- plug-ins ------------------------------------------------------------------------------------------------
 
-PLUGIN = sys.modules[__name__]
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Path]:
+    """An empty directory of plug-ins."""
+    place = tmp_path / "site"
+    place.mkdir()
+    with plugged(place):
+        yield place
 
 
-def from_callable() -> Mapping[str, Any]:
-    return {"mine": HUB_ENTRY, "tiny": HUB_ENTRY}
+def install(site: Path, distribution: str, source: str, point: str = "pairs") -> None:
+    """Install pairs whose source is that of a module with a `thing`."""
+    install_module(site, distribution, "1.0", "nla_hub.zoo", point, f"ENTRY = {HUB_ENTRY!r}\n{source}")
+    registry.refresh()
 
 
-def broken() -> Mapping[str, Any]:
-    raise RuntimeError("out of order")
-
-
-def _install(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-    points = EntryPoints(EntryPoint(name, f"{__name__}:{name}", zoo_module.GROUP) for name in names)
-    monkeypatch.setattr(zoo_module, "entry_points", lambda group: points.select(group=group))
-
-
-def test_a_plugin_adds_entries_and_replaces_none(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    _install(monkeypatch, "from_callable")
+def test_a_plugin_adds_entries_and_replaces_none(site: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ours = list(zoo())
+    install(site, "acme", "def thing(): return {'mine': ENTRY, 'tiny': ENTRY}")
     assert entry("mine").base == "me/x"
+    assert entry("mine").distribution == "acme"
     assert entry("tiny").packaged
-    assert "may not replace the entry tiny" in caplog.text
+    assert entry("tiny").distribution == "nla-hub"
+    assert caplog.text.count("acme may not replace our pair 'tiny'") == 1
+    assert list(zoo()) == [*ours, "mine"]
 
 
-def test_a_plugin_may_be_a_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    file = tmp_path / "more.yaml"
+def test_a_plugin_may_be_a_file_with_directories_beside_it(site: Path, tmp_path: Path) -> None:
+    file = tmp_path / "pairs" / "more.yaml"
+    half = file.parent / "weights" / "av"
+    half.mkdir(parents=True)
+    marker = MarkerTokens("x", 1, 2, 3)
+    Sidecar(role="av", d_model=16, site=Site(2), marker=marker, av_template="<{injection_char}>").write(half)
     file.write_text(
-        "mine: {av: me/x-av, ar: me/x-ar, base: me/x, layer: 1, n_layers: 2, d_model: 4,\n"
-        "  licence: mit, adapter: llama, summary: A test.}\n"
+        "mine: {av: ./weights/av, ar: ./weights/ar, base: ../source, licence: mit, adapter: llama, summary: A test.}\n"
     )
-    monkeypatch.setattr(PLUGIN, "from_path", file, raising=False)
-    _install(monkeypatch, "from_path")
-    assert entry("mine").licence == "mit"
+    install(site, "acme", f"thing = {str(file)!r}")
+    found = entry("mine")
+    assert (found.licence, found.layer, found.d_model, found.packaged) == ("mit", 2, 16, True)
+    assert (found.av, found.base) == (str(half.resolve()), str((tmp_path / "source").resolve()))
+    assert found.where("av") == found.av, "a directory has no revision"
+    refs = resolve_pair("mine")
+    assert (refs.av and refs.av.kind, refs.av and refs.av.name) == ("directory", str(half.resolve()))
+    with pytest.raises(InputError, match="has no revisions"):
+        resolve_pair("mine@main")
 
 
-def test_a_broken_plugin_costs_only_its_own_names(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    _install(monkeypatch, "broken", "from_callable")
+def test_directories_of_a_mapping_are_absolute(site: Path, tmp_path: Path) -> None:
+    install(site, "acme", f"from pathlib import Path\nthing = {{'mine': ENTRY | {{'av': Path({str(tmp_path)!r})}}}}")
+    assert entry("mine").av == str(tmp_path)
+    install(site, "zeta", "from pathlib import Path\nthing = {'other': ENTRY | {'av': Path('here')}}", "others")
+    assert "other" not in zoo()
+    assert "expected owner/name or package:DIR" in str(registry.broken()[0].cause)
+
+
+def test_an_unknown_pair_may_be_that_of_a_broken_plugin(site: Path, caplog: pytest.LogCaptureFixture) -> None:
+    install(site, "acme", "def thing(): raise RuntimeError('out of order')")
+    install(site, "zeta", "thing = {'mine': ENTRY}", "others")
     assert {"tiny", "mine"} <= set(zoo())
-    assert "broken" in caplog.text
-    assert "out of order" in caplog.text
+    assert caplog.text.count("acme 1.0") == 1
+    for ask in (entry, resolve_pair):
+        with pytest.raises(UnknownNameError) as caught:
+            ask("theirs")
+        assert "The pairs of acme could not be read: RuntimeError: out of order" in str(caught.value)
+
+
+def test_a_pair_of_two_plugins_is_neithers(site: Path, caplog: pytest.LogCaptureFixture) -> None:
+    install(site, "acme", "thing = {'mine': ENTRY, 'a': ENTRY}")
+    install(site, "zeta", "thing = {'mine': ENTRY, 'z': ENTRY}", "others")
+    install(site, "beta", "thing = {'mine': ENTRY}", "more")
+    assert list(zoo())[-2:] == ["z", "a"], "in the order of the entry points"
+    assert "the pair 'mine' comes from beta and zeta and acme; it is left out" in caplog.text
+    with pytest.raises(NLAError, match="'mine' comes from 3 plug-ins"):
+        entry("mine")
+
+
+def test_search() -> None:
+    def found(*words: str) -> list[str]:
+        result = CliRunner().invoke(app, ["models", "search", *words, "--json"])
+        assert result.exit_code == 0
+        return [json.loads(line)["name"] for line in result.stdout.splitlines()]
+
+    gemmas = [name for name, e in zoo().items() if "gemma" in e.base]
+    assert {"gemma-3-12b", "gemma-3-27b"} <= set(gemmas)
+    assert found("GEMMA") == gemmas
+    assert found("gemma", "41 of 62") == ["gemma-3-27b"], "the summary is searched too"
+    assert "llama-3.3-70b" in found("meta-llama")
+    assert found("packaged", "tiny") == ["tiny"]
+    assert found("nla-hub") == list(zoo())
+    assert found("apache-2.0") == [name for name, e in zoo().items() if e.licence == "apache-2.0"] != list(zoo())
+    assert found("no-such-word") == []
+    table = CliRunner().invoke(app, ["models", "search", "41 of 62"]).stdout.splitlines()
+    assert [line.split()[0] for line in table] == ["name", "gemma-3-27b"]
+
+
+def test_search_without_a_match_says_what_is_near(caplog: pytest.LogCaptureFixture) -> None:
+    result = CliRunner().invoke(app, ["models", "search", "gema-3-12b"])
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert "did you mean gemma-3-12b" in result.stderr
 
 
 def test_the_zoo_is_read_without_torch() -> None:

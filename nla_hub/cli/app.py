@@ -22,7 +22,7 @@ from nla_hub import __version__
 from nla_hub.cli import output
 from nla_hub.errors import NLAError
 
-COMMANDS = ("explain", "eval", "steer", "train", "models", "recipes", "doctor")
+COMMANDS = ("explain", "eval", "steer", "train", "models", "recipes", "convert", "doctor")
 """Files of this package, in the order of `nla-hub --help`."""
 
 EXIT_ROWS_IN_ERROR = 4

@@ -8,42 +8,16 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from nla_hub.cli import output
-from nla_hub.errors import HubUnreachableError, NLAError
-
-State = Literal["ok", "missing", "too old", "too new", "broken", "note"]
-CORE = "core"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report.
-
-    Attributes:
-        part: "core", the name of an extra, "machine", "cache", "hub" or "pair".
-        name: what was looked at.
-        state: how it is; "note" judges nothing.
-        found: a version, a size, a path; None where there is none.
-        next_step: what to type, where something is to be done.
-    """
-
-    part: str
-    name: str
-    state: State
-    found: str | None
-    next_step: str | None = None
-
-    @property
-    def fatal(self) -> bool:
-        """Whether nla-hub cannot do its main job because of this."""
-        return self.part in (CORE, "pair") and self.state not in ("ok", "note")
+from nla_hub.doctor import CORE, Finding, memory, pair, plugins, size
+from nla_hub.errors import NLAError
 
 
 def register(app: typer.Typer) -> None:
@@ -55,9 +29,12 @@ def doctor(
     nla: Annotated[str, typer.Option("--nla", help="The pair to look at: a name, owner/name or ./directory.")] = "tiny",
     json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
-    """Check versions, extras, devices, caches, and whether a pair loads. Exit 1 where the main job cannot work."""
+    """Check versions, extras, devices, caches, plug-ins, and a pair: is it here, what memory does it need, does it load.
+
+    Sizes of a pair on the Hub are read before anything is downloaded. Exit 1 where the main job cannot work.
+    """
     findings: list[Finding] = []
-    for source in (machine(), packages(), imports(), devices(), caches(), hub(), pair(nla)):
+    for source in (machine(), packages(), imports(), devices(), caches(), hub(), plugins(), memory(nla), pair(nla)):
         for finding in source:
             findings.append(finding)
             if json:
@@ -71,7 +48,9 @@ def doctor(
     if broken:
         names = ", ".join(finding.name for finding in broken)
         raise NLAError(
-            f"The core of nla-hub does not work here: {names}.",
+            f"The core of nla-hub does not work here: {names}."
+            if any(finding.part == CORE for finding in broken)
+            else f"This pair does not work here: {names}.",
             next_step=next((f.next_step for f in broken if f.next_step), None),
         )
     output.message("nla-hub works here.")
@@ -84,8 +63,8 @@ def machine() -> Iterator[Finding]:
     yield Finding(CORE, "Python", "too old" if old else "ok", version, "install Python 3.11 or newer" if old else None)
     yield Finding("machine", "platform", "note", platform.platform())
     yield Finding("machine", "processor cores", "note", str(os.cpu_count()))
-    if free := _free_memory():
-        yield Finding("machine", "free memory", "note", _size(free))
+    if (free := _main_memory()) is not None:
+        yield Finding("machine", "free memory", "note", size(free))
 
 
 def packages() -> Iterator[Finding]:
@@ -147,7 +126,7 @@ def devices() -> Iterator[Finding]:
         for index in range(torch.cuda.device_count()):
             free, total = torch.cuda.mem_get_info(index)
             name = torch.cuda.get_device_name(index)
-            yield Finding("machine", f"cuda:{index}", "note", f"{name}, {_size(free)} of {_size(total)} free")
+            yield Finding("machine", f"cuda:{index}", "note", f"{name}, {size(free)} of {size(total)} free")
     elif torch.accelerator.is_available():
         yield Finding("machine", "accelerator", "note", str(torch.accelerator.current_accelerator()))
     else:
@@ -160,7 +139,7 @@ def caches() -> Iterator[Finding]:
 
     cache = Path(constants.HF_HUB_CACHE)
     place = next(parent for parent in (cache, *cache.parents) if parent.exists())
-    yield Finding("cache", "HF_HUB_CACHE", "note", f"{cache} ({_size(shutil.disk_usage(place).free)} free)")
+    yield Finding("cache", "HF_HUB_CACHE", "note", f"{cache} ({size(shutil.disk_usage(place).free)} free)")
 
 
 def hub() -> Iterator[Finding]:
@@ -176,47 +155,10 @@ def hub() -> Iterator[Finding]:
     )
 
 
-def pair(name: str) -> Iterator[Finding]:
-    """Whether a pair is here and loads. One on the Hub is looked for in the cache; nothing is downloaded."""
-    from nla_hub.hub import HubOptions
-    from nla_hub.locate import resolve_pair
-
-    refs = resolve_pair(name)
-    halves = {"AV": refs.av, "AR": refs.ar, "source": refs.base}
-    for half, ref in halves.items():
-        if ref is None or ref.kind != "hub":
-            continue
-        try:
-            path = ref.fetch(HubOptions(local_files_only=True))
-        except HubUnreachableError:
-            yield Finding("pair", f"{name}: {half}", "note", f"{ref}: not downloaded yet")
-        except NLAError as error:
-            yield Finding("pair", f"{name}: {half}", "broken", error.what, error.next_step)
-        else:
-            yield Finding("pair", f"{name}: {half}", "ok", str(path))
-    if any(ref is not None and ref.kind == "hub" for ref in halves.values()):
-        return
+def _main_memory() -> int | None:
+    """Bytes of main memory that are free for new work, or None where nothing says so."""
     try:
-        from nla_hub import NLA
-
-        loaded = NLA.from_pretrained(name)
-    except (NLAError, ImportError) as cause:
-        step = cause.next_step if isinstance(cause, NLAError) else None
-        yield Finding("pair", name, "broken", str(cause).splitlines()[0], step)
-    else:
-        yield Finding("pair", name, "ok", f"loads; reads {loaded.site}")
-
-
-def _free_memory() -> int | None:
-    """Bytes of main memory that are free for new work, or None where the system does not say."""
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+        from nla_hub.hardware import free_memory
+    except Exception:  # torch is broken: reported by imports()
         return None
-    except OSError:
-        return None
-
-
-def _size(n_bytes: int) -> str:
-    return f"{n_bytes / 2**30:.1f} GiB"
+    return free_memory("cpu")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nla_hub.cli import output
+from nla_hub.cli import output, pair
 
 if TYPE_CHECKING:
     from nla_hub.evaluation import Comparison, EvalResult
@@ -55,6 +55,12 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    ar: pair.Ar = None,
+    base_model: pair.Base = None,
+    subfolder: pair.Subfolder = "",
+    ar_subfolder: pair.ArSubfolder = "",
+    sidecar: pair.SidecarFile = None,
+    memory: pair.Memory = pair.MemoryMode.auto,
     batch_size: Annotated[int, typer.Option(help="Rows that run together.", min=1)] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="The result as one JSON object.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="The result as Markdown tables.")] = False,
@@ -73,7 +79,15 @@ def evaluate(
     chosen = get_protocol(protocol or ("nla-eval-v1" if corpus is not None else "tiny-eval-v1"))
     from nla_hub.nla import NLA
 
-    pair = NLA.from_pretrained(nla)
+    loaded = pair.load(
+        nla,
+        ar=ar,
+        base_model=base_model,
+        subfolder=subfolder,
+        ar_subfolder=ar_subfolder,
+        sidecar=sidecar,
+        memory=memory,
+    )
     common: dict[str, Any] = {
         "corpus": corpus,
         "documents": documents,
@@ -83,10 +97,10 @@ def evaluate(
     }
     result: EvalResult | Comparison
     if against is not None:
-        result = compare(pair, NLA.from_pretrained(against), chosen, **common)
+        result = compare(loaded, NLA.from_pretrained(against), chosen, **common)
         where = f"{result.a} against {result.b}"
     else:
-        result = run_protocol(pair, chosen, sampled=sampled, with_source_check=source_check, **common)
+        result = run_protocol(loaded, chosen, sampled=sampled, with_source_check=source_check, **common)
         where = result.nla
     if as_json:
         output.print_json_lines([result.to_dict()])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nla_hub.cli import output
+from nla_hub.cli import output, pair
 from nla_hub.errors import InputError
 from nla_hub.locate import expand
 from nla_hub.log import logger
@@ -59,7 +59,13 @@ def explain(
             "--file", "-f", help='A text file, a .jsonl file of {"text": ...} or {"messages": [...]}, or - for stdin.'
         ),
     ] = None,
-    nla: Annotated[str, typer.Option("--nla", help="The pair: a zoo name, owner/name, or ./directory.")] = "tiny",
+    nla: pair.Name = "tiny",
+    ar: pair.Ar = None,
+    base_model: pair.Base = None,
+    subfolder: pair.Subfolder = "",
+    ar_subfolder: pair.ArSubfolder = "",
+    sidecar: pair.SidecarFile = None,
+    memory: pair.Memory = pair.MemoryMode.auto,
     positions: Annotated[
         str, typer.Option("--positions", "-p", help="last, all, user, assistant, 5, -1, 3,7,9 or 10:20.")
     ] = "last",
@@ -81,11 +87,17 @@ def explain(
         items = [Item("example", EXAMPLE)]
     if not items:
         raise InputError("This file holds no texts.", where=file)
-    from nla_hub.nla import NLA
-
-    pair = NLA.from_pretrained(nla)
+    loaded = pair.load(
+        nla,
+        ar=ar,
+        base_model=base_model,
+        subfolder=subfolder,
+        ar_subfolder=ar_subfolder,
+        sidecar=sidecar,
+        memory=memory,
+    )
     settings = {"n": n, "temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
-    found, failed = run(pair, items, where, overflow.value, batch_size, settings)
+    found, failed = run(loaded, items, where, overflow.value, batch_size, settings)
     if as_json:
         output.print_json_lines(row.to_dict() for row in found)
         output.print_json_lines(error_row(item) for item in failed)
@@ -100,7 +112,7 @@ def explain(
 
 
 def run(
-    pair: NLA, items: list[Item], positions: Any, overflow: Any, batch_size: int, settings: dict[str, Any]
+    loaded: NLA, items: list[Item], positions: Any, overflow: Any, batch_size: int, settings: dict[str, Any]
 ) -> tuple[Explanations, list[Item]]:
     """Explanations of the items that can be read, and the items that cannot, with their reasons."""
     from nla_hub.results import Explanations
@@ -109,14 +121,14 @@ def run(
     for item in items:
         if item.error is None:
             try:
-                pair.check_text(item.content, positions, overflow=overflow, where=item.name)
+                loaded.check_text(item.content, positions, overflow=overflow, where=item.name)
             except InputError as error:
                 failed.append(Item(item.name, item.content, error.one_line(), _on_the_command_line(error.next_step)))
             else:
                 good.append(item)
     if not good:
         return Explanations(()), failed
-    found = pair.explain(
+    found = loaded.explain(
         [item.content for item in good],
         positions,
         overflow=overflow,

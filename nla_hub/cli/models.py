@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 
 from nla_hub.cli import output
+from nla_hub.errors import did_you_mean
+from nla_hub.registry import OWN_DISTRIBUTION
 from nla_hub.zoo import NOT_MEASURED, NOT_YET, ZooEntry, entry, zoo
 
-group = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List and describe the pairs that have a name.")
+group = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="List, search and describe the pairs that have a name."
+)
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
 
@@ -23,12 +28,39 @@ def register(app: typer.Typer) -> None:
 @group.command("ls")
 def ls(json: Json = False) -> None:
     """List the named pairs with their scores."""
-    entries = list(zoo().values())
+    _print(zoo().values(), json=json)
+
+
+@group.command("search")
+def search(
+    words: Annotated[list[str], typer.Argument(metavar="WORD...", help="Words that must all be found.")],
+    json: Json = False,
+) -> None:
+    """List the pairs whose name, base model, summary, adapter, licence or distribution hold every word."""
+    entries = zoo()
+    wanted = [word.lower() for word in words]
+    found = [e for e in entries.values() if all(word in _searched(e) for word in wanted)]
+    if found or json:
+        _print(found, json=json)
+        return
+    near = did_you_mean(" ".join(words), entries)
+    hint = f"did you mean {' or '.join(near)}?" if near else "nla-hub models ls lists all of them."
+    output.message(f"No pair matches {' '.join(words)!r}; {hint}")
+
+
+def _searched(found: ZooEntry) -> str:
+    """The text of an entry that words are looked for in; a directory of somebody's machine says nothing about it."""
+    base = "packaged" if found.packaged else found.base
+    parts = (found.name, base, found.summary, found.adapter, found.licence, found.distribution)
+    return "\n".join(parts).lower()
+
+
+def _print(found: Iterable[ZooEntry], *, json: bool) -> None:
     if json:
-        output.print_json_lines(map(as_json, entries))
+        output.print_json_lines(map(as_json, found))
         return
     output.print_table(
-        ("name", "base model", "layer", "d", "licence", "adapter", "recipe", "card", "score"),
+        ("name", "base model", "layer", "d", "licence", "adapter", "recipe", "card", "from", "score"),
         [
             (
                 e.name,
@@ -39,9 +71,10 @@ def ls(json: Json = False) -> None:
                 e.adapter,
                 e.recipe or NOT_YET,
                 e.card or NOT_YET,
+                e.distribution,
                 e.score_text(),
             )
-            for e in entries
+            for e in found
         ],
     )
 
@@ -68,6 +101,7 @@ def show(name: Annotated[str, typer.Argument(help="A name that `models ls` lists
             "adapter": found.adapter,
             "recipe": found.recipe or NOT_YET,
             "card": found.card or NOT_YET,
+            "from": found.distribution + ("" if found.distribution == OWN_DISTRIBUTION else " (a plug-in)"),
             "measured": found.score_text() if measured else NOT_MEASURED,
             "published": str(published).removeprefix("published: ") if published else None,
             "use": f'nla-hub explain "..." --nla {found.name}',
@@ -95,6 +129,7 @@ def as_json(found: ZooEntry) -> dict[str, Any]:
         "adapter": found.adapter,
         "recipe": found.recipe,
         "card": found.card,
+        "distribution": found.distribution,
         "measured": None if measured is None else asdict(measured),
         "published": None if published is None else asdict(published),
     }

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nla_hub.cli import output
+from nla_hub.cli import output, pair
 
 if TYPE_CHECKING:
     from nla_hub.evaluation.steering import SteeringTable
@@ -39,6 +39,12 @@ def steer(
     table: Annotated[
         bool, typer.Option("--table", help="Instead: flip rates of edited facts in the tiny world, with controls.")
     ] = False,
+    ar: pair.Ar = None,
+    base_model: pair.Base = None,
+    subfolder: pair.Subfolder = "",
+    ar_subfolder: pair.ArSubfolder = "",
+    sidecar: pair.SidecarFile = None,
+    memory: pair.Memory = pair.MemoryMode.auto,
     cases: Annotated[int, typer.Option(help="Cases a fact for --table.", min=1)] = 50,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object a continuation (or a row of the table).")
@@ -46,10 +52,18 @@ def steer(
 ) -> None:
     """Continue a text steered by an explanation. Vectors from text have a direction only: strength sets the length."""
     strengths = parse_strengths(strength)
+    parts: dict[str, Any] = {
+        "ar": ar,
+        "base_model": base_model,
+        "subfolder": subfolder,
+        "ar_subfolder": ar_subfolder,
+        "sidecar": sidecar,
+        "memory": memory,
+    }
     if table:
         if prompt is not None or to is not None or minus is not None:
             raise typer.BadParameter("--table takes neither a prompt nor --to and --minus", param_hint="--table")
-        _table(nla, strengths, cases, as_json)
+        _table(pair.load(nla, **parts), strengths, cases, as_json)
         return
     if prompt is None or to is None:
         raise typer.BadParameter(
@@ -58,10 +72,8 @@ def steer(
             param_hint="PROMPT" if prompt is None else "--to",
         )
     where = parse_positions(positions)
-    from nla_hub.nla import NLA
-
-    pair = NLA.from_pretrained(nla, components=("ar",))
-    rows = continuations(pair, prompt, to, minus, strengths, where, max_new_tokens)
+    loaded = pair.load(nla, components=("ar",), **parts)
+    rows = continuations(loaded, prompt, to, minus, strengths, where, max_new_tokens)
     if as_json:
         output.print_json_lines(rows)
         return
@@ -72,7 +84,7 @@ def steer(
 
 
 def continuations(
-    pair: NLA,
+    loaded: NLA,
     prompt: str,
     to: str,
     minus: str | None,
@@ -84,27 +96,26 @@ def continuations(
     from nla_hub.evaluation.steering import continue_greedily
     from nla_hub.source_text import context_length, encode_source
 
-    source = pair.source
+    vector = loaded.steering_vector(
+        to=to, minus=minus
+    )  # before the source: under "staged" one of them is here at a time
+    source = loaded.source
     limit = context_length(source.loaded.model.config)
     ids = encode_source(source.tokenizer, prompt, max_length=limit, where="prompt")[0].ids
-    vector = pair.steering_vector(to=to, minus=minus)
     rows = []
     for strength in (0.0, *strengths):
         with vector.apply(source.loaded.model, strength, positions=positions):
-            text = continue_greedily(pair, [ids], max_new_tokens)[0]
+            text = continue_greedily(loaded, [ids], max_new_tokens)[0]
         rows.append({"strength": strength, "continuation": text, "to": to, "minus": minus, "prompt": prompt})
     return rows
 
 
-def _table(nla: str, strengths: list[float], cases: int, as_json: bool) -> None:
+def _table(loaded: NLA, strengths: list[float], cases: int, as_json: bool) -> None:
     from nla_hub.cli.eval import report_progress
     from nla_hub.evaluation.render import steering_rows
     from nla_hub.evaluation.steering import steering_table
-    from nla_hub.nla import NLA
 
-    found: SteeringTable = steering_table(
-        NLA.from_pretrained(nla), cases=cases, strengths=strengths, progress=report_progress
-    )
+    found: SteeringTable = steering_table(loaded, cases=cases, strengths=strengths, progress=report_progress)
     if as_json:
         output.print_json_lines([found.to_dict()])
         return

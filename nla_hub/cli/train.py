@@ -39,6 +39,9 @@ def train(
     rehearse: Annotated[
         bool, typer.Option("--rehearse", help="A few steps of every stage, to see that it runs.")
     ] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print what each stage needs of memory, and train nothing.")
+    ] = False,
     report_to: Annotated[
         list[str] | None,
         typer.Option(
@@ -53,6 +56,9 @@ def train(
     """
     from nla_hub.training.processes import Processes
 
+    if plan:
+        _plan(recipe, overrides or [], as_json)
+        return
     processes = Processes.here()
     if not processes.is_main:
         output.configure(quiet=True)
@@ -117,6 +123,33 @@ def _run(
     output.message(
         f'use it: nla-hub explain --nla ./{pair} "..."' if not pair.is_absolute() else f"use it: --nla {pair}"
     )
+
+
+def _plan(name: str, overrides: list[str], as_json: bool) -> None:
+    """Bytes of each stage. They are judged against nothing here: this machine is a note, whatever it is."""
+    from dataclasses import asdict
+
+    from nla_hub.doctor import size
+    from nla_hub.hardware import free_memory
+    from nla_hub.pretrained import LoadOptions
+    from nla_hub.sizing import device_of
+    from nla_hub.training.checks import check_recipe
+    from nla_hub.training.memory import plan
+    from nla_hub.training.recipe import load_recipe
+
+    resolved = load_recipe(name, overrides)
+    check_recipe(resolved)
+    stages = plan(resolved)
+    if as_json:
+        output.print_json_lines([{**asdict(stage), "total": stage.total} for stage in stages])
+    else:
+        rows = [(s.name, size(s.weights), size(s.optimizer), size(s.activations), size(s.total)) for s in stages]
+        output.print_table(("stage", "weights", "gradients and moments", "activations", "in each process"), rows)
+    device = device_of(LoadOptions())
+    free = free_memory(device)
+    here = f"{size(free)} are free on {device}" if free is not None else f"{device} does not say what is free"
+    worst = max(stages, key=lambda stage: stage.total)
+    output.message(f"the stage {worst.name} needs most: {size(worst.total)}. Here, as a note: {here}.")
 
 
 def default_directory(recipe: Recipe, rehearsal: bool) -> Path:

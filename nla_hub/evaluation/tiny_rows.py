@@ -15,7 +15,8 @@ from torch import Tensor
 from nla_hub.capture import Activations, Positions, capture
 from nla_hub.errors import InputError
 from nla_hub.evaluation.protocols import Protocol, choose, eligible_positions, select_rows
-from nla_hub.nla import NLA, Source
+from nla_hub.loading import Source
+from nla_hub.nla import NLA
 from nla_hub.pretrained import LoadOptions, load_tokenizer, load_trunk
 from nla_hub.sampling import document_hash
 from nla_hub.sidecar import Site

@@ -13,7 +13,8 @@ from nla_hub.errors import RecipeError
 from nla_hub.evaluation import EvalResult
 from nla_hub.evaluation.tiny_rows import base_rows, capture_rows, source_tokenizer
 from nla_hub.geometry import norms, unit
-from nla_hub.nla import NLA, Source
+from nla_hub.loading import Source
+from nla_hub.nla import NLA
 from nla_hub.prompts import render_av_prompt
 from nla_hub.sidecar import EXPLANATION_PLACEHOLDER, Injection, MarkerTokens, ReferenceRecord, Score, Sidecar, Site
 from nla_hub.training.recipe import InjectionSpec, Recipe

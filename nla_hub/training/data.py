@@ -23,7 +23,7 @@ from nla_hub import registry, yaml_io
 from nla_hub.batching import pad_id_of
 from nla_hub.capture import run_trunk
 from nla_hub.errors import RecipeError, TrainingError
-from nla_hub.nla import Source
+from nla_hub.loading import Source
 from nla_hub.sidecar import Site
 from nla_hub.source_text import Encoded, context_length, encode_source
 from nla_hub.training.labelers import Corpus, CorpusDocument, Labeler, LabelRequest

@@ -25,8 +25,9 @@ from nla_hub.evaluation.tiny_rows import base_rows, source_tokenizer
 from nla_hub.export import save_ar, save_av, save_source
 from nla_hub.hub import HubOptions
 from nla_hub.injection import Injector
+from nla_hub.loading import Source
 from nla_hub.locate import zoo_ref
-from nla_hub.nla import NLA, Source
+from nla_hub.nla import NLA
 from nla_hub.pretrained import LoadOptions, load_causal_lm, load_tokenizer, load_trunk
 from nla_hub.prompts import ARPrompt, AVPrompt
 from nla_hub.sidecar import Sidecar, Site

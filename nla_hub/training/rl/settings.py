@@ -65,6 +65,7 @@ def grpo_config(
         loss_type=spec.loss,
         scale_rewards="group",
         use_bias_correction_kl=True,  # a stale sample counts in the KL term by its ratio, as in the policy's
+        disable_dropout=True,  # the sampler has none (GPT-2's default is 0.1: its first step was stopped)
         beta=0.0,  # set after the reference is in place: TRL would load one by name, from wherever that leads
         learning_rate=spec.lr,
         weight_decay=spec.weight_decay,

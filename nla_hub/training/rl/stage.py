@@ -19,7 +19,7 @@ from nla_hub.engines.base import LoadedAV
 from nla_hub.errors import TrainingError
 from nla_hub.export import save_ar, save_av
 from nla_hub.injection import Injector
-from nla_hub.nla import Source
+from nla_hub.loading import Source
 from nla_hub.pretrained import LoadOptions, load_causal_lm
 from nla_hub.prompts import ARPrompt, AVPrompt
 from nla_hub.reconstructor import ARModel

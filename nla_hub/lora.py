@@ -1,0 +1,403 @@
+"""LoRA halves: adapters read tensor by tensor, checked against their base, merged into it or laid over it.
+
+A low-rank update of a linear module is W + s B A, with s = alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023,
+arXiv:2312.03732). Adapters are found by the names of decoder blocks, so that one saved over a trunk, a causal LM or a
+multimodal wrapper is read alike. Nothing here needs peft; its own route is what the tests compare with.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from nla_hub import yaml_io
+from nla_hub.adapters import Adapter
+from nla_hub.errors import CheckpointError, WeightsError
+from nla_hub.layouts import ADAPTER_WEIGHTS_NAME, AR_LORA_NAME, AR_META_NAME
+from nla_hub.log import logger
+from nla_hub.weights import ADAPTER_CONFIG_NAME, PICKLED, inside, read_header, read_tensor, shorten
+
+_FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight$")
+_NOT_READ = {
+    "use_dora": "DoRA scales the base's own weights",
+    "modules_to_save": "it replaces whole modules of the base",
+    "trainable_token_indices": "it changes rows of the embedding",
+    "layer_replication": "it changes the base's blocks",
+    "lora_bias": "its factors have biases",
+    "use_bdlora": "its factors are block-diagonal",
+}
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The update of one linear module, named from the list of blocks on ("layers.3.self_attn.q_proj").
+
+    `a` float32 [r, in], `b` float32 [out, r]; `scale` is s.
+    """
+
+    module: str
+    a: Tensor
+    b: Tensor
+    scale: float
+
+    def delta(self) -> Tensor:
+        """s B A, float32 [out, in]."""
+        return self.scale * (self.b @ self.a)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """One adapter: its factors, and what its configuration says besides."""
+
+    directory: Path
+    factors: tuple[Factors, ...]
+    base: str | None = None
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def n_blocks(self) -> int | None:
+        """`ar_num_layers` of `ar_meta.json`: blocks of an AR's trunk."""
+        value = self.meta.get("ar_num_layers")
+        return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def read_lora(directory: Path, adapter: Adapter, *, told: Mapping[str, Any] | None = None) -> Lora:
+    """An adapter of either form.
+
+    Args:
+        adapter: of the base's family; its name for the list of blocks anchors the module names.
+        told: what the sidecar or the user says instead of a missing or wrong `ar_meta.json`.
+
+    Raises:
+        CheckpointError: a configuration that cannot be read, or a kind of adapter that is no plain LoRA.
+        WeightsError: pickled, damaged, non-finite or incomplete factors.
+    """
+    if (directory / ADAPTER_CONFIG_NAME).exists():
+        config = _read_json(directory, ADAPTER_CONFIG_NAME)
+        _require_plain(directory, config)
+        return Lora(
+            directory,
+            _factors(_weights_file(directory, ADAPTER_WEIGHTS_NAME), adapter, _peft_scale(directory, config)),
+            base=config.get("base_model_name_or_path")
+            if isinstance(config.get("base_model_name_or_path"), str)
+            else None,
+            meta=read_ar_meta(directory, told),
+        )
+    meta = read_ar_meta(directory, told)
+    return Lora(
+        directory,
+        _factors(_weights_file(directory, AR_LORA_NAME), adapter, _ar_scale(directory, meta)),
+        meta=meta,
+    )
+
+
+def read_ar_meta(directory: Path, told: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """`ar_meta.json` of an AR's folder, {} where there is none; what `told` says comes first."""
+    found = _read_json(directory, AR_META_NAME) if (directory / AR_META_NAME).exists() else {}
+    return {**found, **(told or {})}
+
+
+def adapter_base(directory: Path) -> str | None:
+    """`base_model_name_or_path` of a PEFT folder: what its author's machine called the base (may be a path there)."""
+    if not (directory / ADAPTER_CONFIG_NAME).exists():
+        return None
+    value = _read_json(directory, ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
+    return value if isinstance(value, str) else None
+
+
+def _read_json(directory: Path, name: str) -> dict[str, Any]:
+    return yaml_io.read(inside(directory, name), error=CheckpointError)  # JSON is YAML
+
+
+def _weights_file(directory: Path, name: str) -> Path:
+    path = directory / name
+    if not (path.is_symlink() or path.is_file()):
+        pickled = sorted(p.name for p in directory.glob("*") if p.suffix in PICKLED)
+        what = "This adapter has pickled weights only; loading them could run a stranger's code."
+        raise WeightsError(
+            what if pickled else "This adapter has no weights.",
+            where=directory,
+            got=", ".join(pickled[:3]) or None,
+            expected=name,
+            next_step="ask its author for safetensors (peft's save_pretrained writes them)",
+        )
+    return inside(directory, name)
+
+
+def _require_plain(directory: Path, config: Mapping[str, Any]) -> None:
+    faults = []
+    if config.get("peft_type") != "LORA":
+        faults.append(f"peft_type: got {config.get('peft_type')!r}, expected 'LORA'")
+    faults += [f"{key}: {why}" for key, why in _NOT_READ.items() if config.get(key)]
+    if config.get("bias", "none") != "none":
+        faults.append(f"bias: got {config['bias']!r}, expected 'none'")
+    if faults:
+        raise CheckpointError(
+            "This adapter is more than a plain LoRA.",
+            where=directory / ADAPTER_CONFIG_NAME,
+            faults=faults,
+            next_step="merge it into its base with peft (merge_and_unload, then save_pretrained) and load the result",
+        )
+
+
+Scale = Callable[[str, int], float]
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+
+
+def _peft_scale(directory: Path, config: Mapping[str, Any]) -> Scale:
+    """s of a module (name, rank) as peft has it: alpha and rank may differ by pattern."""
+    where = directory / ADAPTER_CONFIG_NAME
+    alpha, rank = config.get("lora_alpha"), config.get("r")
+    if not (_number(alpha) and _number(rank)):
+        raise CheckpointError(
+            "This adapter does not say how strong it is.", where=where, got=f"lora_alpha {alpha!r}, r {rank!r}"
+        )
+    alphas, ranks = config.get("alpha_pattern") or {}, config.get("rank_pattern") or {}
+
+    def scale(module: str, r: int) -> float:
+        expected = _by_pattern(ranks, module, rank)
+        if r != expected:
+            raise WeightsError(
+                f"{module}: its factors have rank {r}, adapter_config.json says {expected}.", where=where
+            )
+        strength = float(_by_pattern(alphas, module, alpha))
+        return strength / (math.sqrt(r) if config.get("use_rslora") else r)
+
+    return scale
+
+
+def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """peft's rule: the first key that is the module's name or matches its end as a regular expression."""
+    for key, value in patterns.items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
+
+
+def _ar_scale(directory: Path, meta: Mapping[str, Any]) -> Scale:
+    """s of EasyNLA's AR form. Its trainer always uses rsLoRA and does not record it (nla/train_sft.py)."""
+    alpha = meta.get("lora_alpha")
+    if not _number(alpha):
+        raise CheckpointError(
+            "Nothing says how strong this adapter is.",
+            where=directory,
+            expected=f"lora_alpha in {AR_META_NAME}",
+            next_step='pass what its author says: sidecar={"ar_meta": {"lora_alpha": ..., "ar_num_layers": ...}}',
+        )
+    told_rank = meta.get("lora_r")
+
+    def scale(module: str, r: int) -> float:
+        if told_rank is not None and r != told_rank:
+            raise WeightsError(
+                f"{module}: its factors have rank {r}, {AR_META_NAME} says {told_rank}.", where=directory
+            )
+        return float(alpha) / (math.sqrt(r) if meta.get("use_rslora", True) else r)  # type: ignore[arg-type]
+
+    return scale
+
+
+def _factors(file: Path, adapter: Adapter, scale: Scale) -> tuple[Factors, ...]:
+    pairs: dict[str, dict[str, Tensor]] = {}
+    spelled: dict[str, str] = {}  # as peft names the module, for its patterns
+    faults = []
+    for name in read_header(file):
+        if name.startswith("value_head."):
+            continue
+        found = _FACTOR.match(name)
+        module = None if found is None else _from_blocks(found["module"], adapter)
+        if found is None or module is None:
+            faults.append(f"unexpected: {name}")
+            continue
+        value = read_tensor(file, name).float()
+        if value.ndim != 2 or not bool(torch.isfinite(value).all()):
+            faults.append(f"{name}: {'NaN or infinite values' if value.ndim == 2 else f'shape {tuple(value.shape)}'}")
+        if found["side"] in pairs.setdefault(module, {}):
+            faults.append(f"twice: {name}")
+        pairs[module][found["side"]] = value
+        spelled[module] = found["module"].removeprefix("base_model.model.")
+    faults += [f"missing: {m}.lora_{s}" for m, sides in pairs.items() for s in "AB" if s not in sides]
+    faults += [
+        f"{m}: A is {tuple(sides['A'].shape)}, B {tuple(sides['B'].shape)}: their ranks differ"
+        for m, sides in pairs.items()
+        if len(sides) == 2 and all(t.ndim == 2 for t in sides.values()) and sides["A"].shape[0] != sides["B"].shape[1]
+    ]
+    if not pairs:
+        faults.append("it holds no LoRA factors")
+    if faults:
+        raise WeightsError(
+            "This adapter's weights cannot be used.",
+            where=file,
+            faults=shorten(faults),
+            next_step="download it again; if it stays, ask its author to merge and export it",
+        )
+    return tuple(
+        Factors(module, sides["A"], sides["B"], scale(spelled[module], sides["A"].shape[0]))
+        for module, sides in pairs.items()
+    )
+
+
+def _from_blocks(name: str, adapter: Adapter) -> str | None:
+    """A module's name from the list of blocks on, None where it is in no block."""
+    found = re.search(rf"(?:^|\.)({adapter.blocks}\.\d+\..+)$", name)
+    return found.group(1) if found else None
+
+
+# -- against a base ------------------------------------------------------------------------------------------
+
+
+def targets(model: nn.Module, adapter: Adapter, lora: Lora) -> dict[str, nn.Module]:
+    """The modules of `model` that an adapter updates, by the adapter's names.
+
+    Raises:
+        WeightsError: a module that the model does not have, or of another shape.
+    """
+    trunk = adapter.trunk(model)
+    found: dict[str, nn.Module] = {}
+    faults = []
+    for one in lora.factors:
+        try:
+            module = trunk.get_submodule(one.module)
+        except AttributeError:
+            faults.append(f"the base has no {one.module}")
+            continue
+        shape = _shape(module)
+        if shape != (one.b.shape[0], one.a.shape[1]):
+            faults.append(
+                f"{one.module}: the adapter is [{one.b.shape[0]}, {one.a.shape[1]}], the base {list(shape or ())}"
+            )
+        found[one.module] = module
+    if faults:
+        raise WeightsError(
+            "This adapter was not made for this base.",
+            where=lora.directory,
+            faults=shorten(faults),
+            next_step="name the base it was trained on: base_model=...",
+        )
+    return found
+
+
+def _shape(module: nn.Module) -> tuple[int, int] | None:
+    """[out, in] of a linear module; GPT-2's Conv1D stores the transpose, quantised ones pack theirs."""
+    sizes = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    if isinstance(sizes[0], int) and isinstance(sizes[1], int):
+        return sizes[0], sizes[1]
+    weight = getattr(module, "weight", None)
+    if isinstance(module, Conv1D) and isinstance(weight, Tensor):
+        return weight.shape[1], weight.shape[0]
+    return None
+
+
+@torch.no_grad()
+def merge(model: nn.Module, adapter: Adapter, loras: Sequence[Lora]) -> None:
+    """Add adapters, one after the other, to the weights of `model`: summed in float32, rounded once to its dtype.
+
+    Raises:
+        WeightsError: the base does not fit, or its weights are quantised (lay the adapter over it instead).
+    """
+    updates: dict[str, list[Factors]] = {}
+    modules: dict[str, nn.Module] = {}
+    for lora in loras:
+        modules |= targets(model, adapter, lora)
+        for one in lora.factors:
+            updates.setdefault(one.module, []).append(one)
+    for name, ones in updates.items():
+        weight = modules[name].weight
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+            raise WeightsError("A LoRA cannot be merged into quantised weights.", where=loras[0].directory, got=name)
+        total = sum((one.delta() for one in ones[1:]), start=ones[0].delta()).to(weight.device)
+        weight.copy_(weight.float() + (total.T if isinstance(modules[name], Conv1D) else total))
+
+
+class Roles:
+    """One frozen base that plays several parts: adapters laid over its modules, switched on while a context is open.
+
+    With none switched on, the base is itself.
+    """
+
+    def __init__(self, model: nn.Module, adapter: Adapter) -> None:
+        self.model = model
+        self.adapter = adapter
+        self._active: str | None = None
+        self._names: set[str] = set()
+
+    @torch.no_grad()
+    def add(self, name: str, loras: Sequence[Lora]) -> None:
+        """Lay adapters over the base under one name; all of them act together, as a stack of LoRAs does."""
+        for lora in loras:
+            modules = targets(self.model, self.adapter, lora)
+            for one in lora.factors:
+                module = modules[one.module]
+                device = next((p.device for p in module.parameters()), torch.device("cpu"))
+                a, b = one.a.to(device), (one.scale * one.b).to(device)
+                module.register_forward_hook(self._hook(name, a, b))
+        self._names.add(name)
+
+    def _hook(self, name: str, a: Tensor, b: Tensor) -> Callable[..., Tensor | None]:
+        def update(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            if self._active != name:
+                return None
+            changed: Tensor = (output.float() + (args[0].float() @ a.T) @ b.T).to(output.dtype)
+            return changed
+
+        return update
+
+    def stay(self, name: str) -> None:
+        """Make the base the part called `name` for good."""
+        assert name in self._names, name
+        self._active = name
+
+    @contextmanager
+    def playing(self, name: str) -> Iterator[None]:
+        """While open, the base is the part called `name`."""
+        assert name in self._names, name
+        before, self._active = self._active, name
+        try:
+            yield
+        finally:
+            self._active = before
+
+
+def n_values(loras: Sequence[Lora]) -> int:
+    """Values in the factors of some adapters."""
+    return sum(one.a.numel() + one.b.numel() for lora in loras for one in lora.factors)
+
+
+# -- stages --------------------------------------------------------------------------------------------------
+
+CONTINUES = 0.5
+FRESH = 0.2
+
+
+def relation(earlier: Lora, later: Lora) -> tuple[Literal["continues", "fresh", "unclear"], float | None]:
+    """Whether a later adapter continues an earlier one (and replaces it) or was begun anew on top of it.
+
+    A adapter is begun with random A factors, which training turns only a little: in one that was continued they still point
+    where they pointed, in a new one they are unrelated (|cos| ~ 1/sqrt(r * in)). Returns the verdict and the median cosine
+    between the A factors of modules that both have.
+    """
+    before = {one.module: one.a for one in earlier.factors}
+    pairs = [(before[one.module], one.a) for one in later.factors if one.module in before]
+    same = [(x, y) for x, y in pairs if x.shape == y.shape]
+    if len(before) != len(later.factors) or len(same) < len(later.factors):
+        return "fresh", None
+    cosines = torch.stack([torch.cosine_similarity(x.flatten(), y.flatten(), dim=0) for x, y in same])
+    median = float(cosines.median())
+    verdict: Literal["continues", "fresh", "unclear"] = (
+        "continues" if median > CONTINUES else "fresh" if abs(median) < FRESH else "unclear"
+    )
+    logger.debug(
+        "%s and %s: median cosine of their A factors %.3f (%s)", earlier.directory, later.directory, median, verdict
+    )
+    return verdict, median

@@ -1,0 +1,159 @@
+"""Every layout in the wild: it loads and computes what it must, converts, and computes the same again; or is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from parity import close, engine_logits
+from safetensors.torch import load_file, save_file
+from transformers import Gemma3ForCausalLM
+from wild import LAYOUTS, TEXTS, Built, Layout, World, page, vectors, write_sidecar
+
+from nla_hub import NLA
+from nla_hub.convert import convert
+from nla_hub.errors import CheckpointError, NLAError
+from nla_hub.loading import open_pair
+from nla_hub.locate import resolve_pair
+from nla_hub.testing import random_gemma3_wrapper
+
+pytest.importorskip("peft", reason="the independent route of LoRA layouts needs the lora extra (peft)")
+
+# peft 0.21 asks transformers 5.23 for names that it calls deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
+READ = [layout for layout in LAYOUTS if not layout.refused]
+REFUSED = [layout for layout in LAYOUTS if layout.refused]
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return World()
+
+
+@pytest.fixture(scope="module")
+def built(world: World, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Builds each layout once."""
+    done: dict[str, Built] = {}
+
+    def build(layout: Layout) -> Built:
+        if layout.key not in done:
+            with torch.random.fork_rng():
+                done[layout.key] = layout.build(world, tmp_path_factory.mktemp(layout.key))
+        return done[layout.key]
+
+    return build
+
+
+def components(found: Built) -> tuple[str, ...]:
+    return tuple(half for half, there in (("av", found.logits), ("ar", found.vectors)) if there is not None)
+
+
+def check(nla: NLA, found: Built) -> None:
+    """The halves compute what the modules computed that they were written from."""
+    if found.logits is not None:
+        close(engine_logits(nla.av.engine, vectors()), found.logits)
+    if found.vectors is not None:
+        close(nla.reconstruct(list(TEXTS)), found.vectors)
+
+
+@pytest.mark.parametrize("layout", READ, ids=lambda layout: layout.key)
+def test_a_layout_computes_what_it_was_written_from(layout: Layout, built: Any) -> None:
+    found = built(layout)
+    check(NLA.from_pretrained(found.name, **found.options), found)
+
+
+@pytest.mark.parametrize("layout", READ, ids=lambda layout: layout.key)
+def test_a_converted_layout_computes_the_same_and_converts_to_itself(
+    layout: Layout, built: Any, tmp_path: Path
+) -> None:
+    found = built(layout)
+    options = dict(found.options)
+    told = options.pop("sidecar", None)
+    wanted = options.pop("components", ("av", "ar"))
+    pair = open_pair(resolve_pair(found.name, **options), components=wanted, sidecar=told)
+    done = convert(pair, tmp_path / "once")
+    assert [one.role for one in done] == list(components(found))
+    again = {} if "av" in components(found) else {"subfolder": "ar"}
+    check(NLA.from_pretrained(tmp_path / "once", components=wanted, **again), found)
+    second = open_pair(resolve_pair(tmp_path / "once", **again), components=wanted)
+    convert(second, tmp_path / "twice")
+    first_files = {p.relative_to(tmp_path / "once"): p.read_bytes() for p in (tmp_path / "once").rglob("*.*")}
+    assert first_files
+    for name, data in first_files.items():
+        assert (tmp_path / "twice" / name).read_bytes() == data, name
+
+
+@pytest.mark.parametrize("layout", REFUSED, ids=lambda layout: layout.key)
+def test_what_is_no_ordinary_pair_is_refused_with_its_reason(layout: Layout, built: Any) -> None:
+    found = built(layout)
+    with pytest.raises(CheckpointError) as caught:
+        NLA.from_pretrained(found.name, **found.options)
+    assert layout.refused in str(caught.value)
+    assert "Next: " in str(caught.value) or caught.value.expected, str(caught.value)
+
+
+@pytest.mark.parametrize("layout", [one for one in READ if one.needs], ids=lambda layout: layout.key)
+def test_without_what_it_needs_a_layout_asks_for_it(layout: Layout, built: Any) -> None:
+    found = built(layout)
+    kept = {"base_model"} if layout.key != "easynla-sft" else {"base_model", "ar"}
+    options = {key: value for key, value in found.options.items() if key in kept}
+    if layout.key == "peft-pair":
+        (found.name / "source").rename(found.name / "elsewhere")
+    try:
+        with pytest.raises(NLAError) as caught:
+            NLA.from_pretrained(found.name, **options)
+    finally:
+        if layout.key == "peft-pair":
+            (found.name / "elsewhere").rename(found.name / "source")
+    assert "Next: " in str(caught.value), str(caught.value)
+
+
+@pytest.mark.parametrize("spelling", ["text model", "wrapper"])
+def test_a_lora_finds_the_text_stack_of_a_multimodal_base(world: World, tmp_path: Path, spelling: str) -> None:
+    wrapper = random_gemma3_wrapper(world.vocabulary, seed=3)
+    text = Gemma3ForCausalLM(wrapper.config.text_config).eval()
+    text.model.load_state_dict(wrapper.model.language_model.state_dict())
+    text.tie_weights()
+    wrapper.save_pretrained(tmp_path / "source")
+    world.tokenizer.save_pretrained(tmp_path / "source")
+    av = world.lora(40, base=text)
+    av.save_pretrained(tmp_path / "av")
+    if spelling == "wrapper":
+        path = tmp_path / "av" / "adapter_model.safetensors"
+        state = {n.replace(".model.layers.", ".model.language_model.layers."): v for n, v in load_file(path).items()}
+        save_file(state, path, metadata={"format": "pt"})
+    write_sidecar(tmp_path / "av", world.model_sidecar("av", injection={"kind": "add"}))
+    nla = NLA.from_pretrained(tmp_path, components=("av",))
+    close(engine_logits(nla.av.engine, vectors()), world.av_logits(av, kind="add"))
+
+
+def test_the_page_is_fresh() -> None:
+    there = (Path(__file__).parents[1] / "docs" / "layouts.md").read_text(encoding="utf-8")
+    assert there == page(), "stale: python tests/wild.py > docs/layouts.md"
+
+
+def test_a_sidecar_of_the_ar_above_both_halves_says_nothing_about_injection(world: World, tmp_path: Path) -> None:
+    world.write_av(tmp_path / "av", None)
+    world.write_ar(tmp_path / "ar", None)
+    write_sidecar(tmp_path, world.model_sidecar("ar"))
+    with pytest.raises(NLAError, match=r"injection"):
+        NLA.from_pretrained(tmp_path)
+    nla = NLA.from_pretrained(tmp_path, sidecar={"extraction": {"injection_scale": 8.0}})
+    close(engine_logits(nla.av.engine, vectors()), world.av_logits(world.full_av))
+
+
+def test_an_ar_that_was_trained_without_bos_reads_none(world: World, tmp_path: Path) -> None:
+    world.write_ar(tmp_path, world.model_sidecar("ar", ar_special_tokens=False))
+    nla = NLA.from_pretrained(tmp_path, components=("ar",))
+    assert (
+        nla.ar.prompt.encode("a cat") == world.tokenizer("Words: a cat\nVector:", add_special_tokens=False)["input_ids"]
+    )
+    assert (
+        NLA.from_pretrained(tmp_path, components=("ar",), sidecar={"ar_special_tokens": True}).ar.prompt.encode(
+            "a cat"
+        )[0]
+        == world.tokenizer.bos_token_id
+    )
