@@ -231,11 +231,23 @@ def adapter_for(config: Any) -> Adapter:
         UnknownNameError: no registered adapter reads this `model_type`.
     """
     model_type = str(config.model_type)
-    adapters = [adapter for _, adapter in registry.adapters.items()]
-    for adapter in adapters:
-        if model_type in adapter.model_types or model_type in adapter.wrapper_types:
-            return adapter
-    known = sorted({t for adapter in adapters for t in adapter.model_types})
+    found: dict[str, Adapter] = {}
+    known: set[str] = set()
+    for name, adapter in registry.adapters.items():
+        if model_type in (*adapter.model_types, *adapter.wrapper_types):
+            found[name] = adapter
+            if registry.adapters.origin(name) == registry.OWN_DISTRIBUTION:
+                return adapter  # ours come first: no plug-in is imported for a family of our own
+        known |= {*adapter.model_types, *adapter.wrapper_types}
+    if len(found) > 1:
+        origins = [f"{name} of {registry.adapters.origin(name)}" for name in found]
+        raise CheckpointError(
+            f"Several plug-ins read models of the type {model_type!r}.",
+            faults=origins,
+            next_step="uninstall one of them",
+        )
+    if found:
+        return next(iter(found.values()))
     raise registry.unknown(
-        "adapter for model_type", model_type, known, next_step="A plug-in may add one: see docs/architecture.md."
+        "adapter for model_type", model_type, known, next_step="A plug-in may add one: see docs/add-a-model.md."
     )

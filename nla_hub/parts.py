@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nla_hub.adapters import Adapter
 from nla_hub.checkpoints import head_input_scale, load_head, read_loras, require_blocks
 from nla_hub.engines.base import Completion, Engine
-from nla_hub.errors import CheckpointError, InputError
+from nla_hub.errors import CheckpointError, HubError, InputError
 from nla_hub.hub import HubOptions
 from nla_hub.loading import (
     Pair,
@@ -102,7 +102,7 @@ def build(
     """
     if memory not in get_args(Memory):
         raise InputError("Unknown memory mode.", got=repr(memory), expected=", ".join(map(repr, get_args(Memory))))
-    mode: Mode = choose_mode(pair, load_options) if memory == "auto" else memory
+    mode: Mode = _choose(pair, load_options) if memory == "auto" else memory
     if mode == "shared":
         parts = _shared(pair, engine, hub_options, load_options)
     else:
@@ -113,6 +113,14 @@ def build(
             if half in parts:
                 parts.get(half)
     return parts, mode
+
+
+def _choose(pair: Pair, options: LoadOptions) -> Mode:
+    """What "auto" takes; where a size cannot be told the loader itself says best what is wrong."""
+    try:
+        return choose_mode(pair, options)
+    except (CheckpointError, HubError):
+        return "resident"
 
 
 def _separate(pair: Pair, engine: str, hub_options: HubOptions, options: LoadOptions, *, staged: bool) -> Parts:

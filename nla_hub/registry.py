@@ -115,7 +115,8 @@ class Registry(Generic[T]):
         """Name of the distribution that `name` comes from."""
         if name in self.builtin:
             return OWN_DISTRIBUTION
-        return _distribution(self._points()[name][0]) or "an unknown distribution"
+        points = self._points().get(name)  # None for what was lent
+        return (_distribution(points[0]) if points else None) or "an unknown distribution"
 
     def plugins(self) -> list[Plugin]:
         """The entry points of other distributions, each loaded once to see how it is."""

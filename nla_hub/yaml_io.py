@@ -62,6 +62,9 @@ def _refuse_duplicates(root: yaml.Node) -> None:
             _refuse_duplicates(value)
 
 
+PLAIN = "write it as plain YAML: text, numbers, lists and mappings, no tags; if it is a stranger's, ask before using it"
+
+
 def loads(data: bytes | str, *, where: object, error: type[NLAError]) -> dict[str, Any]:
     """A mapping with string keys from YAML text.
 
@@ -83,13 +86,15 @@ def loads(data: bytes | str, *, where: object, error: type[NLAError]) -> dict[st
         finally:
             loader.dispose()
     except UnicodeDecodeError as cause:
-        raise error("This is not a YAML text file: it holds binary data.", where=where) from cause
+        raise error(
+            "This is not a YAML text file: it holds binary data.", where=where, next_step="copy or download it again"
+        ) from cause
     except (yaml.YAMLError, ValueError, RecursionError) as cause:
         reason = " ".join(str(cause).split())
-        raise error(f"This YAML is refused: {reason}", where=where) from cause
+        raise error(f"This YAML is refused: {reason}", where=where, next_step=PLAIN) from cause
     except (ArithmeticError, AttributeError, LookupError, TypeError) as cause:
         # A tag that does not fit its text, such as `!!float ''` or `!!bool maybe`: PyYAML lets its own mishaps through.
-        raise error("This YAML is refused: a value does not fit its tag.", where=where) from cause
+        raise error("This YAML is refused: a value does not fit its tag.", where=where, next_step=PLAIN) from cause
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise error("A mapping with named keys is expected here.", where=where, got=type(value).__name__)
     return value

@@ -149,7 +149,9 @@ class ZooEntry:
     def where(self, half: Literal["av", "ar", "base"]) -> str:
         """Repository and revision of a half in words."""
         name, revision = getattr(self, half), getattr(self, f"{half}_revision")
-        return name if zoo_ref(name).is_local else f"{name}@{revision or UNPINNED}"
+        folder = getattr(self, f"{half}_folder", "")
+        inside = f", folder {folder}" if folder else ""
+        return name if zoo_ref(name).is_local else f"{name}@{revision or UNPINNED}{inside}"
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
 HERE = Path(__file__).resolve()
@@ -48,7 +49,7 @@ SIZES = (
 class Work:
     """What a measured process does with a pair."""
 
-    rows: int = 8
+    rows: int = 16
     max_new_tokens: int = 24
     words: int = 90
     temperature: float = 0.7
@@ -167,10 +168,10 @@ def _write_lora(place: Path, base: Path, size: Size, blocks: int, rank: int = 32
 # -- the estimate --------------------------------------------------------------------------------------------
 
 
-def text_of(work: Work) -> str:
-    """A text of so many words of the random tokenizer's vocabulary."""
+def texts_of(work: Work) -> list[str]:
+    """Texts of so many words each, all different: equal rows are computed once."""
     words = "the a cat dog sees walks red blue house river song night day old small quick".split()
-    return " ".join(words[i % len(words)] for i in range(work.words))
+    return [" ".join(Random(row).choices(words, k=work.words)) for row in range(work.rows)]
 
 
 def estimated(root: Path, mode: str, work: Work, dtype: str = "float32") -> int:
@@ -214,8 +215,9 @@ def estimated(root: Path, mode: str, work: Work, dtype: str = "float32") -> int:
         batch_size=work.rows,
         prompt=len(AVPrompt.build(tokenizer, av)),
         max_new_tokens=work.max_new_tokens,
-        text=len(tokenizer(text_of(work))["input_ids"]),
-        template=max(0, len(prompt.encode(text_of(work))) - work.max_new_tokens),
+        text=max(len(tokenizer(text)["input_ids"]) for text in texts_of(work)),
+        # What is scored here are the texts themselves, not the explanations.
+        template=max(len(prompt.encode(text)) for text in texts_of(work)) - work.max_new_tokens,
         sampled=work.temperature > 0,
     )
     found = estimate(mode, sizes, workload)  # type: ignore[arg-type]
@@ -289,9 +291,10 @@ def _use(root: Path, mode: str, dtype: str, work: Work) -> int:
     from nla_hub import NLA
 
     nla = NLA.from_pretrained(root, dtype=dtype, memory=mode)  # type: ignore[arg-type]
-    acts = nla.capture([text_of(work) for _ in range(work.rows)])
-    nla.verbalize(acts, max_new_tokens=work.max_new_tokens, temperature=work.temperature)
-    nla.score([text_of(work) for _ in range(work.rows)], acts)
+    texts = texts_of(work)
+    acts = nla.capture(texts, batch_size=work.rows)
+    nla.verbalize(acts, max_new_tokens=work.max_new_tokens, temperature=work.temperature, batch_size=work.rows)
+    nla.score(texts, acts, batch_size=work.rows)
     return 0
 
 

@@ -119,3 +119,14 @@ def test_sizes_are_known_before_anything_is_downloaded(llama: Case, tmp_path: Pa
     assert not [p for p in (tmp_path / "home").rglob("*") if p.name.endswith(".safetensors")]
     asked = [r for r in hub.requests if r.path.endswith(".safetensors") and r.method == "GET"]
     assert asked and all(r.range for r in asked)
+
+
+def test_a_plan_prints_bytes_of_every_stage_and_trains_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = runner.invoke(app, ["train", "tiny", "--plan", "--json"])
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert result.exit_code == 0
+    assert [row["name"] for row in rows] == ["source", "data", "ar", "av", "rl", "export", "eval"]
+    assert all(row["total"] == row["weights"] + row["optimizer"] + row["activations"] > 0 for row in rows)
+    assert "as a note" in result.stderr
+    assert list(tmp_path.iterdir()) == []

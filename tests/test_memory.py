@@ -349,3 +349,80 @@ def test_the_estimate_is_within_15_percent_of_the_peak(size: peaks.Size) -> None
     assert {row.mode for row in rows} == {"resident", "staged", "shared"}
     assert all(row.peak >= 500e6 for row in rows)
     assert {(r.stored, r.mode): round(r.ratio, 3) for r in rows if not 0.85 <= r.ratio <= 1.15} == {}
+
+
+# -- training ------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_counts_the_weights_that_are_trained() -> None:
+    from nla_hub.training.memory import base_config, plan
+    from nla_hub.training.recipe import load_recipe
+
+    nla = NLA.from_pretrained("tiny")
+    av, ar = nla.av.engine.av.loaded.model, nla.ar.model  # type: ignore[attr-defined]
+    recipe = load_recipe("tiny", ["rl.watch_ar=false", "rl.beta=0"])
+    config = base_config(recipe, vocabulary=av.config.vocab_size)
+    stages = {stage.name: stage for stage in plan(recipe, config)}
+    assert list(stages) == ["source", "data", "ar", "av", "rl", "export", "eval"]
+    source = module_bytes(nla.capture_source.loaded.model)
+    assert stages["av"].weights == source + module_bytes(av)
+    assert stages["av"].optimizer == 3 * module_bytes(av)
+    assert stages["ar"].optimizer == 3 * module_bytes(ar)
+    assert stages["rl"].optimizer == 3 * (module_bytes(av) + module_bytes(ar))
+    both = {stage.name: stage for stage in plan(load_recipe("tiny"), config)}
+    assert both["rl"].weights == stages["rl"].weights + module_bytes(av) + module_bytes(ar)
+    shared = {stage.name: stage for stage in plan(recipe, config, world=4)}
+    assert shared["av"].activations * 4 == stages["av"].activations
+    assert shared["av"].weights == stages["av"].weights
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
+def test_lora_values_are_what_peft_adds(targets: Any) -> None:
+    peft = pytest.importorskip("peft")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from nla_hub.adapters import LLAMA
+    from nla_hub.training.memory import _Sizes, lora_values
+    from nla_hub.training.recipe import LoRASpec, load_recipe
+
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=2, vocab_size=300
+    )
+    spec = LoRASpec(r=4, alpha=8, targets=targets if isinstance(targets, str) else tuple(targets))
+    with torch.device("meta"):
+        model = peft.get_peft_model(
+            LlamaForCausalLM(config), peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM")
+        )
+    expected = sum(value.numel() for value in model.parameters() if value.requires_grad)
+    assert lora_values(spec, _Sizes.of(config, LLAMA, load_recipe("tiny")).linear) == expected
+
+
+def test_what_a_backward_pass_keeps() -> None:
+    """Against the tensors that autograd really saves: within a quarter (docs/memory.md has measured peaks)."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from nla_hub.training.memory import training_bytes_per_token
+
+    config = LlamaConfig(
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+    )
+    model = LlamaForCausalLM(config).model
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = model(input_ids=torch.zeros(2, 50, dtype=torch.long), use_cache=False).last_hidden_state
+    assert hidden.requires_grad
+    expected = 100 * training_bytes_per_token(Architecture.of(config))
+    assert 0.75 <= expected / sum(saved.values()) <= 1.25

@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 from nla_hub import registry
 from nla_hub.cli.app import app
 from nla_hub.errors import InputError, NLAError, UnknownNameError
-from nla_hub.locate import resolve_pair
+from nla_hub.locate import Ref, resolve_pair
 from nla_hub.resources import data_directory
 from nla_hub.sidecar import Injection, MarkerTokens, Score, Sidecar, Site
-from nla_hub.zoo import ZooEntry, entry, read_entries, zoo
+from nla_hub.zoo import ZooEntry, entry, known_sidecar, read_entries, zoo
 
 RELEASED = {
     "qwen2.5-7b": ("Qwen/Qwen2.5-7B-Instruct", 20, 28, 3584, "kitft/nla-qwen2.5-7b-L20-av", None),
@@ -251,3 +251,16 @@ def test_the_zoo_is_read_without_torch() -> None:
 def test_entries_cannot_be_changed() -> None:
     with pytest.raises(TypeError):
         zoo()["x"] = ZooEntry("a/b", "a/b", "a/b", "mit", "llama", "x")  # type: ignore[index]
+
+
+def test_what_is_known_of_a_repository_holds_however_it_is_named() -> None:
+    known = zoo()["gemma-3-12b-L24-achand45"]
+    assert known.community and known.sidecar == {"injection": {"kind": "add"}, "ar_special_tokens": False}
+    refs = resolve_pair("gemma-3-12b-L24-achand45")
+    assert refs.av == Ref("hub", known.av, subfolder="rl_vllm/iter_000400")
+    assert refs.ar == Ref("hub", known.ar, subfolder="rl_vllm/critic_latest")
+    assert known_sidecar(Ref("hub", known.av), "av") == known.sidecar
+    assert known_sidecar(refs.ar, "ar") == known.sidecar
+    assert known_sidecar(Ref("hub", known.av, subfolder="another"), "av") == {}
+    assert known_sidecar(Ref("hub", "owner/other"), "av") == {}
+    assert known_sidecar(Ref("directory", known.av), "av") == {}

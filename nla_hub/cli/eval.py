@@ -60,6 +60,7 @@ def evaluate(
     subfolder: pair.Subfolder = "",
     ar_subfolder: pair.ArSubfolder = "",
     sidecar: pair.SidecarFile = None,
+    engine: pair.Engine = "auto",
     memory: pair.Memory = pair.MemoryMode.auto,
     batch_size: Annotated[int, typer.Option(help="Rows that run together.", min=1)] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="The result as one JSON object.")] = False,
@@ -86,6 +87,7 @@ def evaluate(
         subfolder=subfolder,
         ar_subfolder=ar_subfolder,
         sidecar=sidecar,
+        engine=engine,
         memory=memory,
     )
     common: dict[str, Any] = {

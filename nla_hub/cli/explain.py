@@ -65,6 +65,7 @@ def explain(
     subfolder: pair.Subfolder = "",
     ar_subfolder: pair.ArSubfolder = "",
     sidecar: pair.SidecarFile = None,
+    engine: pair.Engine = "auto",
     memory: pair.Memory = pair.MemoryMode.auto,
     positions: Annotated[
         str, typer.Option("--positions", "-p", help="last, all, user, assistant, 5, -1, 3,7,9 or 10:20.")
@@ -94,6 +95,7 @@ def explain(
         subfolder=subfolder,
         ar_subfolder=ar_subfolder,
         sidecar=sidecar,
+        engine=engine,
         memory=memory,
     )
     settings = {"n": n, "temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}

@@ -91,7 +91,7 @@ def show(name: Annotated[str, typer.Argument(help="A name that `models ls` lists
     output.print_fields(
         {
             "name": found.name,
-            "summary": found.summary,
+            "summary": found.summary + (" Made by others; not checked here." if found.community else ""),
             "AV": found.where("av"),
             "AR": found.where("ar"),
             "base model": found.where("base") + (" (gated: accept its terms first)" if found.base_gated else ""),
@@ -115,6 +115,7 @@ def as_json(found: ZooEntry) -> dict[str, Any]:
     return {
         "name": found.name,
         "summary": found.summary,
+        "community": found.community,
         "av": found.av,
         "av_revision": found.av_revision,
         "ar": found.ar,

@@ -37,6 +37,7 @@ SidecarFile = Annotated[
         "--sidecar", help="A YAML file of what nla_meta.yaml does not say, or says wrongly; it wins over that file."
     ),
 ]
+Engine = Annotated[str, typer.Option("--engine", help="What runs the AV: auto, transformers, or a plug-in's engine.")]
 Memory = Annotated[
     MemoryMode,
     typer.Option(
@@ -59,6 +60,7 @@ def load(
     subfolder: str = "",
     ar_subfolder: str = "",
     sidecar: str | None = None,
+    engine: str = "auto",
     memory: MemoryMode = MemoryMode.auto,
     **others: Any,
 ) -> NLA:
@@ -72,6 +74,7 @@ def load(
         subfolder=subfolder,
         ar_subfolder=ar_subfolder,
         sidecar=sidecar,
+        engine=engine,
         memory=memory.value,
         **others,
     )

@@ -172,11 +172,11 @@ def training_bytes_per_token(architecture: Architecture, *, checkpointing: bool 
     Of a block: its input and the sum in its middle, each widened, normed and scaled (6 d), queries, keys and values before
     and after their rotation and repetition, and attention's output (4 heads + 3 kv_heads, times head_dim), the output's
     projection (d); gate, its activation, up and their product (4 mlp). With checkpointing only each block's input is kept,
-    and one block at a time is computed again.
+    and one block at a time is computed again, whose gradients are as large as what it keeps.
     """
     a = architecture
     block = FLOAT32 * (7 * a.d_model + (4 * a.heads + 3 * a.kv_heads) * a.head_dim + 4 * a.mlp)
-    return a.n_blocks * FLOAT32 * a.d_model + block if checkpointing else a.n_blocks * block
+    return a.n_blocks * FLOAT32 * a.d_model + 2 * block if checkpointing else a.n_blocks * block
 
 
 def _supervised(name: str, sizes: _Sizes, batch_size: int, world: int) -> StageBytes:
