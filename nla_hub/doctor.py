@@ -5,7 +5,7 @@ Sizes come from headers: of the files that are here, or from the Hub before anyt
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -59,21 +59,28 @@ def plugins() -> Iterator[Finding]:
             yield Finding("plug-in", name, "broken", f"{origin or 'unknown'}: {plugin.cause}", step)
 
 
-def pair(name: str) -> Iterator[Finding]:
-    """Whether a pair is here, and whether it loads. Of one on the Hub only the cache is looked at."""
+def pair(name: str, **parts: Any) -> Iterator[Finding]:
+    """Whether a pair is here, and whether it loads. Of one on the Hub only the cache is looked at.
+
+    `parts`: ar, base_model, subfolder, ar_subfolder, sidecar, as in `NLA.from_pretrained`.
+    """
     from nla_hub.locate import resolve_pair
 
-    refs = resolve_pair(name)
+    named = {key: value for key, value in parts.items() if key != "sidecar"}
+    refs = resolve_pair(name, **named)
     if any(ref is not None and ref.kind == "hub" for ref in (refs.av, refs.ar, refs.base)):
         yield from _in_cache(name, refs)
         return
-    if any(finding.state == "too large" and finding.fatal for finding in memory(name)):
+    if any(finding.state == "too large" and finding.fatal for finding in memory(name, **parts)):
         yield Finding("pair", name, "note", "not loaded: it does not fit")
+        return
+    if _stands_on_the_hub(name, parts):
+        yield Finding("pair", name, "note", "not loaded: its LoRAs lie on a base model that is on the Hub")
         return
     try:
         from nla_hub import NLA
 
-        loaded = NLA.from_pretrained(name)
+        loaded = NLA.from_pretrained(name, **parts)
         where = loaded.av.sidecar.site  # under "staged" the halves are loaded when they are asked for
         loaded.ar  # noqa: B018
     except (NLAError, ImportError) as cause:
@@ -81,6 +88,27 @@ def pair(name: str) -> Iterator[Finding]:
         yield Finding("pair", name, "broken", str(cause).splitlines()[0], step)
     else:
         yield Finding("pair", name, "ok", f"loads; reads {where}")
+
+
+def _stands_on_the_hub(name: str, parts: Mapping[str, Any]) -> bool:
+    """Whether loading a pair would fetch a base model for its LoRAs: nothing large is downloaded unasked."""
+    try:
+        opened = _opened(name, parts)
+    except (NLAError, ImportError):  # loading says what is wrong
+        return False
+    loras = [half for half in (opened.av, opened.ar) if half is not None and half.place.form != "model"]
+    return bool(loras) and opened.base is not None and opened.base.kind == "hub"
+
+
+def _opened(name: str, parts: Mapping[str, Any], options: LoadOptions | None = None) -> Pair:
+    """A pair opened without its weights."""
+    from nla_hub.loading import open_pair
+    from nla_hub.locate import resolve_pair
+    from nla_hub.opening import read_contract
+
+    told = dict(parts)
+    sidecar = read_contract(told.pop("sidecar", None))
+    return open_pair(resolve_pair(name, **told), sidecar=sidecar, load_options=options, weights=False)
 
 
 def _in_cache(name: str, refs: Any) -> Iterator[Finding]:
@@ -102,18 +130,21 @@ def _in_cache(name: str, refs: Any) -> Iterator[Finding]:
 AUTO = 'memory="auto"'
 
 
-def memory(name: str, options: LoadOptions | None = None) -> Iterator[Finding]:
-    """Bytes of each part and of each mode against what is free here, and what `memory="auto"` takes."""
+def memory(name: str, options: LoadOptions | None = None, **parts: Any) -> Iterator[Finding]:
+    """Bytes of each part and of each mode against what is free here, and what `memory="auto"` takes.
+
+    `parts`: see `pair`.
+    """
     try:
         from nla_hub.memory import estimates
         from nla_hub.pretrained import LoadOptions
-        from nla_hub.sizing import open_unloaded, pair_sizes, workload_of
+        from nla_hub.sizing import pair_sizes, workload_of
     except ImportError:  # torch or transformers is broken: reported elsewhere
         yield Finding("memory", name, "note", NOT_MEASURED)
         return
     options = options or LoadOptions()
     try:
-        opened = open_unloaded(name, load_options=options)
+        opened = _opened(name, parts, options)
         sizes = pair_sizes(opened, options)
     except HubUnreachableError as error:
         yield Finding(

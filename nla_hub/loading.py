@@ -73,6 +73,7 @@ def open_pair(
     sidecar: Mapping[str, Any] | None = None,
     hub_options: HubOptions | None = None,
     load_options: LoadOptions | None = None,
+    weights: bool = True,
 ) -> Pair:
     """Open the halves of a pair and hold them against each other.
 
@@ -80,6 +81,7 @@ def open_pair(
         refs: from `locate.resolve_pair`.
         components: the halves whose weights are wanted.
         sidecar: what the user says about the contract of both halves.
+        weights: False leaves weights on the Hub: sidecars, configurations and tokenizers alone are downloaded.
 
     Raises:
         CheckpointError and its children, HubError and its children.
@@ -93,11 +95,11 @@ def open_pair(
     }
     av = ar = None
     if wanted == {"ar"} and refs.av is not None and (refs.ar is None or refs.ar_guessed) and _is_ar(refs.av, common):
-        ar = open_half(refs.av, "ar", **common)  # the AR itself was named
+        ar = open_half(refs.av, "ar", weights=weights, **common)  # the AR itself was named
     else:
-        av = open_half(refs.av, "av", weights="av" in wanted, **common) if refs.av else None
+        av = open_half(refs.av, "av", weights=weights and "av" in wanted, **common) if refs.av else None
         if "ar" in wanted:
-            ar = _open_ar(refs, av, common)
+            ar = _open_ar(refs, av, {**common, "weights": weights})
     if av is not None and ar is not None:
         faults = av.sidecar.pair_faults(ar.sidecar)
         if av.adapter.name != ar.adapter.name:
@@ -138,9 +140,9 @@ def _open_ar(refs: PairRefs, av: Half | None, common: Mapping[str, Any]) -> Half
             return open_half(ref, "ar", beside=av, **common)
     error = HubNotFoundError if tried else CheckpointError
     raise error(
-        "The AR half of this pair is not known.",
+        f"The AR half of this pair is not known{': the Hub has no such repository' if tried else ''}.",
         where=refs.name,
-        faults=[f"the Hub has no such repository: {ref}" for ref in tried],
+        got=" or ".join(map(str, tried)) or None,
         next_step='pass ar="owner/name" or ar="./path", or components=("av",) to do without scores',
     )
 

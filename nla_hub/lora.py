@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,6 @@ from nla_hub import yaml_io
 from nla_hub.adapters import Adapter
 from nla_hub.errors import CheckpointError, WeightsError
 from nla_hub.layouts import ADAPTER_WEIGHTS_NAME, AR_LORA_NAME, AR_META_NAME
-from nla_hub.log import logger
 from nla_hub.weights import ADAPTER_CONFIG_NAME, PICKLED, inside, read_header, read_tensor, shorten
 
 _FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight$")
@@ -372,32 +371,3 @@ class Roles:
 def n_values(loras: Sequence[Lora]) -> int:
     """Values in the factors of some adapters."""
     return sum(one.a.numel() + one.b.numel() for lora in loras for one in lora.factors)
-
-
-# -- stages --------------------------------------------------------------------------------------------------
-
-CONTINUES = 0.5
-FRESH = 0.2
-
-
-def relation(earlier: Lora, later: Lora) -> tuple[Literal["continues", "fresh", "unclear"], float | None]:
-    """Whether a later adapter continues an earlier one (and replaces it) or was begun anew on top of it.
-
-    A adapter is begun with random A factors, which training turns only a little: in one that was continued they still point
-    where they pointed, in a new one they are unrelated (|cos| ~ 1/sqrt(r * in)). Returns the verdict and the median cosine
-    between the A factors of modules that both have.
-    """
-    before = {one.module: one.a for one in earlier.factors}
-    pairs = [(before[one.module], one.a) for one in later.factors if one.module in before]
-    same = [(x, y) for x, y in pairs if x.shape == y.shape]
-    if len(before) != len(later.factors) or len(same) < len(later.factors):
-        return "fresh", None
-    cosines = torch.stack([torch.cosine_similarity(x.flatten(), y.flatten(), dim=0) for x, y in same])
-    median = float(cosines.median())
-    verdict: Literal["continues", "fresh", "unclear"] = (
-        "continues" if median > CONTINUES else "fresh" if abs(median) < FRESH else "unclear"
-    )
-    logger.debug(
-        "%s and %s: median cosine of their A factors %.3f (%s)", earlier.directory, later.directory, median, verdict
-    )
-    return verdict, median

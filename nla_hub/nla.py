@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast, overload
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from nla_hub.capture import Activations, Positions, capture, select_positions
 from nla_hub.errors import InputError, PositionError
 from nla_hub.flags import row_flags
-from nla_hub.geometry import Reference, as_vectors, cosine, direction_mse
+from nla_hub.geometry import Reference, as_vectors
 from nla_hub.hub import HubOptions
 from nla_hub.loading import Source, open_pair
 from nla_hub.locate import Ref, resolve_pair
@@ -25,8 +26,9 @@ from nla_hub.reconstructor import Reconstructor
 from nla_hub.results import Explanation, Explanations, Scores
 from nla_hub.round_trip import RoundTrip, round_trip
 from nla_hub.sampling import BARE_POSITION
+from nla_hub.scoring import score_rows
 from nla_hub.sidecar import Sidecar, Site
-from nla_hub.source_text import Content, Overflow, context_length, encode_source
+from nla_hub.source_text import Content, Overflow, as_documents, context_length, encode_source
 from nla_hub.steering import SteeringVector
 from nla_hub.verbalizer import Verbalizer, as_keys
 
@@ -354,39 +356,8 @@ class NLA:
         Raises:
             InputError: as many texts as vectors are needed. VectorError: see `verbalize`.
         """
-        one = isinstance(explanations, (str, Explanation))
-        if not one and not isinstance(explanations, Sequence):
-            raise InputError(
-                "Explanations are expected here.", got=type(explanations).__name__, expected="texts or Explanations"
-            )
-        rows = (
-            [cast("Explanation | str", explanations)]
-            if one
-            else list(cast("Sequence[Explanation | str | None]", explanations))
-        )
-        for i, row in enumerate(rows):
-            if not (row is None or isinstance(row, (str, Explanation))):
-                raise InputError(
-                    "score() takes one explanation a vector.",
-                    where=f"row {i}",
-                    got=type(row).__name__,
-                    next_step="with several samples a vector, score them one sample at a time, or use explain(n=...)",
-                )
-        texts = [row.text if isinstance(row, Explanation) else row for row in rows]
         targets = as_vectors(vectors.vectors if isinstance(vectors, Activations) else vectors, d=self.d_model)
-        if len(targets) != len(texts):
-            raise InputError("score() needs one vector a text.", got=f"{len(texts)} texts and {len(targets)} vectors")
-        usable = [i for i, text in enumerate(texts) if text is not None]
-        found = self.reconstruct([cast(str, texts[i]) for i in usable], batch_size=batch_size)
-        cosines: list[float | None] = [None] * len(texts)
-        mses: list[float | None] = [None] * len(texts)
-        if usable:
-            cos = cosine(found, targets[usable]).tolist()
-            mse = direction_mse(found, targets[usable]).tolist()
-            for i, c, m in zip(usable, cos, mse, strict=True):
-                cosines[i], mses[i] = c, m
-        in_sample = Reference.measure(targets, "in-sample") if len(targets) >= 2 else None
-        return Scores(tuple(cosines), tuple(mses), self.reference, in_sample)
+        return score_rows(explanations, targets, partial(self.reconstruct, batch_size=batch_size), self.reference)
 
     def explain(
         self,
@@ -481,24 +452,6 @@ def _progress_bar(show: bool | None, total: int) -> Any:
 
 PROGRESS_FROM = 64
 """Vectors from which a progress bar is shown unasked."""
-
-
-@overload
-def as_documents(texts: str) -> list[Content]: ...
-@overload
-def as_documents(texts: Any) -> list[Content]: ...
-def as_documents(texts: Any) -> list[Content]:
-    """One text or conversation, or several, as a list of documents."""
-    if isinstance(texts, str):
-        return [texts]
-    if not isinstance(texts, Sequence):
-        raise InputError(
-            "Texts are expected here.", got=type(texts).__name__, expected="a text, a conversation, or a list of them"
-        )
-    items = list(texts)
-    if items and all(isinstance(item, dict) for item in items):
-        return [items]
-    return items
 
 
 def _ndim(values: Any) -> int:

@@ -19,6 +19,7 @@ from nla_hub.hub import HubOptions
 from nla_hub.layouts import HalfFiles, Place
 from nla_hub.locate import Ref, parse_name
 from nla_hub.log import logger
+from nla_hub.lora_stages import relation
 from nla_hub.pretrained import LoadOptions, has_tokenizer, load_config, load_tokenizer
 from nla_hub.prompts import measure_marker
 from nla_hub.sidecar import SIDECAR_NAME, Hints, Role, Sidecar, merge, named_role
@@ -336,7 +337,7 @@ def _stacked(files: HalfFiles, checkpoint: Checkpoint, place: Place, sidecar: Si
         if earlier is None:
             return files
         root = checkpoint.fetch(layouts.files_of(checkpoint.files, earlier))
-        verdict, cosine = lora.relation(
+        verdict, cosine = relation(
             lora.read_lora(root / earlier.folder, adapter), lora.read_lora(files.directory, adapter)
         )
         if verdict == "unclear":

@@ -16,13 +16,11 @@ from nla_hub import hub, layouts
 from nla_hub.adapters import adapter_for
 from nla_hub.errors import CheckpointError, HubError, WeightsError
 from nla_hub.hardware import free_memory
-from nla_hub.hub import HubOptions
 from nla_hub.layouts import ADAPTER_WEIGHTS_NAME, AR_LORA_NAME
 from nla_hub.loading import Pair
-from nla_hub.loading import _open_ar as open_ar
-from nla_hub.locate import Ref, resolve_pair
+from nla_hub.locate import Ref
 from nla_hub.memory import Header, Mode, PartSize, Quantization, Workload, choose, part_size
-from nla_hub.opening import Checkpoint, Half, hub_name, open_half
+from nla_hub.opening import Checkpoint, Half
 from nla_hub.pretrained import LoadOptions, load_config
 from nla_hub.prompts import AVPrompt
 from nla_hub.weights import HEAD_NAME, INDEX_NAME, WEIGHTS_NAME, read_header
@@ -42,26 +40,6 @@ def pair_sizes(pair: Pair, options: LoadOptions, *, source: bool = True) -> list
     if source and pair.base is not None:
         sizes.append(source_size(pair.base, pair, options))
     return sizes
-
-
-def open_unloaded(name: str, hub_options: HubOptions | None = None, load_options: LoadOptions | None = None) -> Pair:
-    """A pair opened without its weights: sidecars, configurations and tokenizers alone are downloaded.
-
-    Raises:
-        CheckpointError and its children, HubError and its children: see `loading.open_pair`.
-    """
-    refs = resolve_pair(name)
-    common: dict[str, Any] = {
-        "hub_options": hub_options or HubOptions(),
-        "load_options": load_options or LoadOptions(),
-        "base": refs.base,
-        "weights": False,
-    }
-    av = open_half(refs.av, "av", **common) if refs.av is not None else None
-    ar = open_ar(refs, av, common)
-    named = (hub_name(half.sidecar.base_model) for half in (av, ar) if half is not None)
-    base = refs.base or next((ref for ref in named if ref is not None), None)
-    return Pair(refs.name, av, ar, base, frozenset({"av", "ar"} if av is not None else {"ar"}))
 
 
 def choose_mode(pair: Pair, options: LoadOptions, work: Workload | None = None) -> Mode:

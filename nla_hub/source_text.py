@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
-from nla_hub.errors import ContextLengthError, TextError
+from nla_hub.errors import ContextLengthError, InputError, TextError
 
 Message = Mapping[str, Any]
 Content = str | Sequence[Message]
@@ -267,3 +267,21 @@ def context_length(config: Any) -> int | None:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     value = getattr(text, "max_position_embeddings", None)
     return int(value) if value else None
+
+
+@overload
+def as_documents(texts: str) -> list[Content]: ...
+@overload
+def as_documents(texts: Any) -> list[Content]: ...
+def as_documents(texts: Any) -> list[Content]:
+    """One text or conversation, or several, as a list of documents."""
+    if isinstance(texts, str):
+        return [texts]
+    if not isinstance(texts, Sequence):
+        raise InputError(
+            "Texts are expected here.", got=type(texts).__name__, expected="a text, a conversation, or a list of them"
+        )
+    items = list(texts)
+    if items and all(isinstance(item, dict) for item in items):
+        return [items]
+    return items

@@ -1,8 +1,9 @@
 """Peak memory of random pairs of >= 500 MB against the estimate, each measured in a process of its own.
 
-Prints the table of docs/memory.md (Linux; some minutes, about 6 GB of disk):
+Prints the tables of docs/memory.md (Linux; some minutes, about 6 GB of disk):
 
     python tests/peaks.py
+    python tests/peaks.py --loading
 
 Peak is VmHWM minus the RSS after importing torch, transformers and nla_hub.
 """
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -43,6 +44,18 @@ SIZES = (
     Size("large", 1536, 11, 7, 4096),
 )
 """AVs of 590, 990 and 1,640 MB in float32; sources and ARs are smaller by an lm_head and the blocks above K."""
+
+
+LOADED = replace(SIZES[1], vocabulary=16_000)
+"""What loading is measured with: every part of it is >= 500 MB in float32."""
+
+LOADS = (
+    ("float32", "float32", "200MB"),
+    ("float32", "float32", "5GB"),
+    ("bfloat16", "float32", "200MB"),
+    ("float32", "bfloat16", "200MB"),
+)
+"""dtype on disk, dtype in memory, largest shard."""
 
 
 @dataclass(frozen=True)
@@ -315,12 +328,31 @@ def table(sizes: tuple[Size, ...] = SIZES, work: Work | None = None) -> Iterator
                     yield Measured(size.name, stored, mode, estimated(root, mode, work), peak)
 
 
+def loading(root: Path, stored: str, loaded: str, shard: str) -> Iterator[tuple[str, int, int]]:
+    """What is loaded, its bytes, and the peak of loading it."""
+    pair = build(root / "pair", LOADED, dtype=stored, shard=shard)
+    for what in ("pair", "av", "ar", "source") if loaded == "float32" else ("pair",):  # else below 500 MB
+        found = measure(pair, "resident", Work(), dtype=loaded, only_load=what)
+        yield what, found["weights"], found["peak"]
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--job", help=argparse.SUPPRESS)
     parser.add_argument("--size", choices=[size.name for size in SIZES], help="only this size")
+    parser.add_argument("--loading", action="store_true", help="instead: the peaks of loading alone")
     arguments = parser.parse_args()
+    if arguments.loading:
+        print("| stored | largest shard | loaded in | part | weights, MB | peak / weights |\n|---|---|---|---|---|---|")
+        for stored, loaded, shard in LOADS:
+            with tempfile.TemporaryDirectory() as place:
+                for what, weights, peak in loading(Path(place), stored, loaded, shard):
+                    print(
+                        f"| {stored} | {shard} | {loaded} | {what} | {weights / 1e6:.0f} | {peak / weights:.2f} |",
+                        flush=True,
+                    )
+        return
     if arguments.job:
         print(json.dumps(run_job(json.loads(arguments.job))))
         return

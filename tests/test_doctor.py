@@ -39,9 +39,9 @@ def test_every_part_and_mode_of_a_pair_that_is_here(llama: Case) -> None:
 def test_it_says_what_auto_takes_and_what_does_not_fit(llama: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     from nla_hub.memory import MARGIN, estimate
     from nla_hub.pretrained import LoadOptions
-    from nla_hub.sizing import open_unloaded, pair_sizes, workload_of
+    from nla_hub.sizing import pair_sizes, workload_of
 
-    pair = open_unloaded(str(llama.pair.root))
+    pair = doctor._opened(str(llama.pair.root), {})
     staged = estimate("staged", pair_sizes(pair, LoadOptions()), workload_of(pair))
     assert staged is not None
     monkeypatch.setattr("nla_hub.hardware.free_memory", lambda device: int(staged.peak / MARGIN) + 10)

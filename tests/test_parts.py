@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import Case
 from parity import close, engine_logits
+from transformers import BitsAndBytesConfig
 from wild import TEXTS, Built, World, peft_pair, vectors
 
 from nla_hub import NLA
@@ -163,3 +164,36 @@ def test_broken_halves_fail_the_gate(what: str, tmp_path: Path) -> None:
     found = round_trip(reconstruct, lambda v: [None if what == "mute" else "words"] * len(v))
     with pytest.raises(GateFailedError):
         found.require()
+
+
+# -- quantised (needs bitsandbytes, extra quant) ---------------------------------------------------------------
+
+
+def quantisation(bits: int) -> Any:
+    pytest.importorskip("bitsandbytes", reason="quantised loading needs the quant extra (bitsandbytes)")
+    return BitsAndBytesConfig(load_in_8bit=True) if bits == 8 else BitsAndBytesConfig(load_in_4bit=True)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.filterwarnings("ignore")  # of bitsandbytes about dtypes
+def test_a_quantised_pair_passes_the_gate_and_says_nearly_the_same(bits: int) -> None:
+    text = "today otto came to the island. he had a drum in red."
+    nla = NLA.from_pretrained("tiny", quantization_config=quantisation(bits))
+    assert nla.round_trip().margin > 0.2
+    quantised, exact = (one.explain(text, temperature=0)[0] for one in (nla, NLA.from_pretrained("tiny")))
+    assert quantised.cosine is not None and exact.cosine is not None
+    assert quantised.cosine > exact.cosine - 0.1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_quantised_pair_that_does_not_read_its_vectors_is_refused_on_loading(llama: Case) -> None:
+    with pytest.raises(GateFailedError, match="without quantization_config"):
+        NLA.from_pretrained(llama.pair.root, quantization_config=quantisation(8))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_lora_is_laid_over_a_quantised_base(lora_pair: Built) -> None:
+    nla = NLA.from_pretrained(lora_pair.name, components=("ar",), quantization_config=quantisation(8))
+    found = nla.reconstruct(list(TEXTS))
+    assert lora_pair.vectors is not None
+    assert float(torch.cosine_similarity(found, lora_pair.vectors, dim=-1).min()) > 0.95

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from nla_hub.cli import output
+from nla_hub.cli import pair as pair_options
 from nla_hub.doctor import CORE, Finding, memory, pair, plugins, size
 from nla_hub.errors import NLAError
 
@@ -26,15 +27,28 @@ def register(app: typer.Typer) -> None:
 
 
 def doctor(
-    nla: Annotated[str, typer.Option("--nla", help="The pair to look at: a name, owner/name or ./directory.")] = "tiny",
+    nla: pair_options.Name = "tiny",
+    ar: pair_options.Ar = None,
+    base_model: pair_options.Base = None,
+    subfolder: pair_options.Subfolder = "",
+    ar_subfolder: pair_options.ArSubfolder = "",
+    sidecar: pair_options.SidecarFile = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """Check versions, extras, devices, caches, plug-ins, and a pair: is it here, what memory does it need, does it load.
 
     Sizes of a pair on the Hub are read before anything is downloaded. Exit 1 where the main job cannot work.
     """
+    parts = {
+        "ar": ar,
+        "base_model": base_model,
+        "subfolder": subfolder,
+        "ar_subfolder": ar_subfolder,
+        "sidecar": sidecar,
+    }
+    sources = (machine(), packages(), imports(), devices(), caches(), hub(), plugins())
     findings: list[Finding] = []
-    for source in (machine(), packages(), imports(), devices(), caches(), hub(), plugins(), memory(nla), pair(nla)):
+    for source in (*sources, memory(nla, **parts), pair(nla, **parts)):
         for finding in source:
             findings.append(finding)
             if json:

@@ -15,9 +15,10 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from nla_hub.adapters import Adapter, adapter_for
+from nla_hub.architecture import Architecture
 from nla_hub.hub import HubOptions
 from nla_hub.locate import zoo_ref
-from nla_hub.memory import Architecture, Header, PartSize, Workload, part_size, working_bytes
+from nla_hub.memory import Header, PartSize, Workload, part_size, working_bytes
 from nla_hub.pretrained import LoadOptions, load_config
 from nla_hub.sidecar import Site
 from nla_hub.training.checks import source_settings
