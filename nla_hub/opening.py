@@ -83,6 +83,7 @@ class Half:
         config: transformers config of its architecture: its own, or its base's.
         adapter: the family.
         tokenizer: its own, else the nearest above, else its base's, else the other half's.
+        under: what a LoRA lies on; None for a complete model.
     """
 
     role: Role
@@ -93,6 +94,7 @@ class Half:
     config: Any
     adapter: Adapter
     tokenizer: Any
+    under: Under | None = None
 
     @property
     def name(self) -> str:
@@ -173,8 +175,10 @@ def open_half(
     directory = root / place.folder
     raw = _contract(root, place, role, ref, beside, told)
     files = HalfFiles(directory, place.form)
+    under = None
     if place.form != "model":
-        files = _with_base(files, checkpoint, place, raw, base, weights)
+        under = _under(directory, checkpoint, place, raw, base)
+        files = HalfFiles(directory, place.form, under.fetch(weights=weights), (directory,))
     config = load_config(files.model_directory, trust_remote_code=load_options.trust_remote_code)
     adapter = adapter_for(config)
     tokenizer = _tokenizer(root, place, files, beside, load_options)
@@ -191,7 +195,7 @@ def open_half(
         files = HalfFiles(directory, place.form, files.base, files.stack, told_meta)
         if role == "av" and weights:
             files = _stacked(files, checkpoint, place, sidecar, adapter)
-    return Half(role, checkpoint, place, files, sidecar, config, adapter, tokenizer)
+    return Half(role, checkpoint, place, files, sidecar, config, adapter, tokenizer, under)
 
 
 AR_META_KEY = "ar_meta"
@@ -285,17 +289,28 @@ def _tokenizer(root: Path, place: Place, files: HalfFiles, beside: Half | None, 
 # -- what a LoRA stands on -----------------------------------------------------------------------------------
 
 
-def _with_base(
-    files: HalfFiles, checkpoint: Checkpoint, place: Place, raw: Mapping[str, Any], base: Ref | None, weights: bool
-) -> HalfFiles:
-    """The complete model under a LoRA: in its own checkpoint, the pair's base, or what adapter and sidecar call it."""
+@dataclass(frozen=True)
+class Under:
+    """The complete model that a LoRA lies on: a folder of a checkpoint."""
+
+    checkpoint: Checkpoint
+    folder: str
+
+    def fetch(self, *, weights: bool) -> Path:
+        """Have it on disk; its directory."""
+        place = Place(self.folder, "model", None, None, False)
+        return self.checkpoint.fetch(layouts.files_of(self.checkpoint.files, place, weights=weights)) / self.folder
+
+
+def _under(directory: Path, checkpoint: Checkpoint, place: Place, raw: Mapping[str, Any], base: Ref | None) -> Under:
+    """What a LoRA lies on: a folder of its own checkpoint, the pair's base, or what adapter and sidecar call it."""
     stack = raw.get("adapter_stack")
-    if isinstance(stack, list) and stack and isinstance(stack[0], str):
-        first = next((p for p in layouts.places(checkpoint.files) if p.folder == stack[0].strip("/")), None)
+    if isinstance(stack, list) and place.folder in stack:
+        first = next((p for p in layouts.places(checkpoint.files) if p.folder == str(stack[0]).strip("/")), None)
         if first is not None and first.form == "model":
-            return HalfFiles(files.directory, files.form, checkpoint.fetch_model(first.folder), (files.directory,))
+            return Under(checkpoint, first.folder)
     spelled = [raw.get("base_checkpoint"), raw.get("base_model"), _mapping(raw.get("extraction")).get("base_model")]
-    names = [lora.adapter_base(files.directory), *(name for name in spelled if isinstance(name, str))]
+    names = [lora.adapter_base(directory), *(name for name in spelled if isinstance(name, str))]
     found = base or next((ref for name in names if name and (ref := hub_name(name))), None)
     if found is None:
         raise CheckpointError(
@@ -303,20 +318,10 @@ def _with_base(
             if not any(names)
             else f"This is a LoRA adapter; its author called the base model {next(n for n in names if n)!r}, "
             "which is not a Hub name.",
-            where=files.directory,
+            where=directory,
             next_step='pass base_model="owner/name" or base_model="./path"',
         )
-    under = Checkpoint.open(found, checkpoint.options)
-    folder = found.subfolder
-    if not weights:
-        model = Place(folder, "model", None, None, False)
-        return HalfFiles(
-            files.directory,
-            files.form,
-            under.fetch(layouts.files_of(under.files, model, weights=False)) / folder,
-            (files.directory,),
-        )
-    return HalfFiles(files.directory, files.form, under.fetch_model(folder), (files.directory,))
+    return Under(Checkpoint.open(found, checkpoint.options), found.subfolder)
 
 
 def _stacked(files: HalfFiles, checkpoint: Checkpoint, place: Place, sidecar: Sidecar, adapter: Adapter) -> HalfFiles:

@@ -36,7 +36,7 @@ def pair_sizes(pair: Pair, options: LoadOptions, *, source: bool = True) -> list
         CheckpointError: files that no size can be told from.
     """
     halves = [half for half in (pair.av, pair.ar) if half is not None and half.role in pair.wanted]
-    sizes = [half_size(half, pair.base, options) for half in halves]
+    sizes = [half_size(half, options) for half in halves]
     if source and pair.base is not None:
         sizes.append(source_size(pair.base, pair, options))
     return sizes
@@ -71,8 +71,8 @@ def device_of(options: LoadOptions) -> torch.device:
 _CPU = torch.device("cpu")
 
 
-def half_size(half: Half, base: Ref | None, options: LoadOptions) -> PartSize:
-    """One half; what a LoRA lies on is looked up where `base` says, else where its own files lie."""
+def half_size(half: Half, options: LoadOptions) -> PartSize:
+    """One half; a LoRA with what it lies on."""
     folder = half.place.folder
     names = set(half.checkpoint.files)
     head = _headers(half.checkpoint, [half.place.path(HEAD_NAME)]) if half.place.path(HEAD_NAME) in names else None
@@ -85,8 +85,8 @@ def half_size(half: Half, base: Ref | None, options: LoadOptions) -> PartSize:
         inside = _folder_in(half, place)
         own = [name for n in (ADAPTER_WEIGHTS_NAME, AR_LORA_NAME) if (name := f"{inside}{n}") in names][:1]
         factors |= {f"{inside}{n}": spec for n, spec in _headers(half.checkpoint, own).items()}
-    under = Checkpoint.open(_base_of(half, base), half.checkpoint.options)
-    header = _headers(under, _model_files(under, base.subfolder if base is not None else ""))
+    assert half.under is not None
+    header = _headers(half.under.checkpoint, _model_files(half.under.checkpoint, half.under.folder))
     return part_size(half.role, header, half.config, half.adapter, factors=factors, **common)
 
 
@@ -130,14 +130,6 @@ def _how(options: LoadOptions) -> dict[str, Any]:
         "quantization": quantization_of(options.quantization_config),
         "on_cpu": options.on_cpu(),
     }
-
-
-def _base_of(half: Half, base: Ref | None) -> Ref:
-    if base is not None:
-        return base
-    if half.files.base is not None:
-        return Ref("directory", str(half.files.base))
-    raise CheckpointError("Nothing says what this LoRA lies on.", where=half.files.directory)
 
 
 def _folder_in(half: Half, directory: Any) -> str:

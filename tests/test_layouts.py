@@ -17,6 +17,8 @@ from nla_hub.convert import convert
 from nla_hub.errors import CheckpointError, NLAError
 from nla_hub.loading import open_pair
 from nla_hub.locate import resolve_pair
+from nla_hub.pretrained import LoadOptions
+from nla_hub.sizing import pair_sizes
 from nla_hub.testing import random_gemma3_wrapper
 
 pytest.importorskip("peft", reason="the independent route of LoRA layouts needs the lora extra (peft)")
@@ -84,6 +86,21 @@ def test_a_converted_layout_computes_the_same_and_converts_to_itself(
     assert first_files
     for name, data in first_files.items():
         assert (tmp_path / "twice" / name).read_bytes() == data, name
+
+
+@pytest.mark.parametrize("layout", READ, ids=lambda layout: layout.key)
+def test_the_bytes_of_a_layout_are_known_before_it_is_loaded(layout: Layout, built: Any) -> None:
+    found = built(layout)
+    options = dict(found.options)
+    told = options.pop("sidecar", None)
+    wanted = options.pop("components", ("av", "ar"))
+    pair = open_pair(resolve_pair(found.name, **options), components=wanted, sidecar=told, weights=False)
+    sizes = {size.name: size for size in pair_sizes(pair, LoadOptions(), source=False)}
+    nla = NLA.from_pretrained(found.name, **found.options)
+    for half in components(found):
+        module = nla.av.engine.model if half == "av" else nla.ar.model  # type: ignore[attr-defined]
+        here = sum(p.numel() * p.element_size() for p in module.parameters())
+        assert sizes[half].loaded == pytest.approx(here, rel=0.01)  # type: ignore[index]
 
 
 @pytest.mark.parametrize("layout", REFUSED, ids=lambda layout: layout.key)

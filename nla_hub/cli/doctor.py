@@ -39,7 +39,7 @@ def doctor(
 
     Sizes of a pair on the Hub are read before anything is downloaded. Exit 1 where the main job cannot work.
     """
-    parts = {
+    parts: dict[str, Any] = {
         "ar": ar,
         "base_model": base_model,
         "subfolder": subfolder,
