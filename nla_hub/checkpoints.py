@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -18,7 +18,7 @@ from nla_hub.layouts import AR_LORA_NAME, HalfFiles
 from nla_hub.log import logger
 from nla_hub.lora import Lora, Roles, merge, read_lora
 from nla_hub.pretrained import TORCH_DTYPES, LoadedModel, LoadOptions, load_causal_lm, load_config, load_model
-from nla_hub.sidecar import Sidecar
+from nla_hub.sidecar import Sidecar, Site
 from nla_hub.weights import HEAD_NAME, StoredTensor, WeightIndex, inside, matches, read_header, read_tensor
 
 HEAD_PREFIX = "value_head."
@@ -50,7 +50,7 @@ def load_ar(directory: Path | HalfFiles, sidecar: Sidecar, options: LoadOptions)
     adapter = adapter_for(config)
     text = config.get_text_config()
     if files.form != "model":
-        loras = read_loras(files, adapter)
+        loras = read_loras(files, adapter, site=sidecar.site)
         require_blocks(files, loras, sidecar)
         text = adapter.truncate_config(text, sidecar.site)
     elif faults := sidecar.config_faults(config):
@@ -89,9 +89,17 @@ def head_input_scale(sidecar: Sidecar) -> float | None:
     return math.sqrt(sidecar.d_model) if sidecar.mse_scale is None else sidecar.mse_scale
 
 
-def read_loras(files: HalfFiles, adapter: Adapter) -> list[Lora]:
-    """The adapters of a LoRA half, in order."""
-    return [read_lora(folder, adapter, told=files.told) for folder in files.stack]
+def read_loras(files: HalfFiles, adapter: Adapter, *, site: Site | None = None) -> list[Lora]:
+    """The adapters of a LoRA half, in order; of an AR (with its `site`) without what lies above its last block."""
+    loras = [read_lora(folder, adapter, told=files.told) for folder in files.stack]
+    if site is None:
+        return loras
+    above = [f"blocks>{adapter.blocks}>{site.layer}"]
+    kept = [replace(one, factors=tuple(f for f in one.factors if not matches(f.module, above))) for one in loras]
+    dropped = sum(len(one.factors) for one in loras) - sum(len(one.factors) for one in kept)
+    if dropped:
+        logger.info("%s: %d LoRA factors above block %d are not needed here", files.directory, dropped, site.layer)
+    return kept
 
 
 def _put_on(loaded: LoadedModel, loras: Sequence[Lora], options: LoadOptions) -> None:
@@ -165,8 +173,10 @@ class HeadFile:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it is stored in; float32 for a form that torch has no name for."""
-        return TORCH_DTYPES.get(next((t.dtype for t in self.tensors.values()), ""), torch.float32)
+        """What holds all of it as it is loaded; float32 where its tensors differ, or where it is none of the 16-bit forms."""
+        found = {TORCH_DTYPES.get(t.dtype) for t in self.tensors.values()}
+        only = found.pop() if len(found) == 1 else None
+        return only if only in (torch.bfloat16, torch.float16) else torch.float32
 
 
 def load_head(directory: Path, d_model: int) -> nn.Linear:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from nla_hub.adapters import adapter_for
-from nla_hub.errors import WeightsError
+from nla_hub.adapters import Adapter, adapter_for
+from nla_hub.errors import RunError, WeightsError
 from nla_hub.sidecar import Sidecar
 from nla_hub.weights import HEAD_NAME, WEIGHTS_NAME, matches, require_finite_weights
 
@@ -55,17 +57,36 @@ def save_source(directory: Path, model: Any, tokenizer: Any, *, dtype: torch.dty
 def _save_model(directory: Path, model: Any, tokenizer: Any, dtype: torch.dtype) -> None:
     require_finite_weights(model, type(model).__name__)
     adapter = adapter_for(model.config)
-    tied = bool(getattr(model.config, "tie_word_embeddings", False))
-    state = {
-        adapter.stored_name(name): value
-        for name, value in model.state_dict().items()
-        if not (tied and matches(name, adapter.lm_head_weights))
-    }
-    _save_state(directory, state, dtype)
-    _save_config(directory, model.config, dtype)
+    state = model.state_dict()
+    config = model.config
+    if getattr(config, "tie_word_embeddings", False):
+        tied, apart = _tied_heads(model, adapter, state)
+        state = {name: value for name, value in state.items() if name not in tied}
+        if apart:
+            # Where a file holds another head than the embedding, transformers keeps both, whatever the config says. Others
+            # (vLLM) believe the config, so it must not go on calling them one.
+            config = copy.deepcopy(config)
+            config.tie_word_embeddings = False
+    _save_state(directory, {adapter.stored_name(name): value for name, value in state.items()}, dtype)
+    _save_config(directory, config, dtype)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+
+
+def _tied_heads(model: Any, adapter: Adapter, state: dict[str, Tensor]) -> tuple[set[str], set[str]]:
+    """Names of the lm_head's weights that are the input embedding once more, and of those that are something else."""
+    embedding = adapter.embedding_module(model).weight
+    assert isinstance(embedding, Tensor)
+    heads = {name for name in state if matches(name, adapter.lm_head_weights)}
+    tied = {name for name in heads if _same(state[name], embedding)}
+    return tied, heads - tied
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape:
+        return False
+    return one.data_ptr() == other.data_ptr() or torch.equal(one.to(other.device), other)
 
 
 def _save_config(directory: Path, config: Any, dtype: torch.dtype) -> None:
@@ -80,4 +101,28 @@ def _save_state(directory: Path, state: dict[str, Tensor], dtype: torch.dtype, n
     for key, value in stored.items():
         if not bool(torch.isfinite(value).all()):
             raise WeightsError(f"{key} does not fit into {str(dtype).removeprefix('torch.')}.", where=directory)
-    save_torch_state_dict(stored, directory, filename_pattern=name.replace(".safetensors", "{suffix}.safetensors"))
+    try:
+        save_torch_state_dict(stored, directory, filename_pattern=name.replace(".safetensors", "{suffix}.safetensors"))
+    except SafetensorError as cause:  # its own form of an OSError
+        raise RunError(
+            f"The weights cannot be written: {cause}",
+            where=directory / name,
+            next_step="check the space left on the disk",
+        ) from cause
+    mode = _ordinary_mode(directory)
+    for file in directory.glob(f"{name.removesuffix('.safetensors')}*.safetensors"):
+        file.chmod(mode)
+
+
+def _ordinary_mode(directory: Path) -> int:
+    """The permissions that a new file gets there; safetensors writes its own readable for their owner alone (0600).
+
+    A file is asked, because the umask cannot be read without being changed for all threads.
+    """
+    probe = directory / f".mode-{os.getpid()}"
+    descriptor = os.open(probe, os.O_CREAT | os.O_WRONLY, 0o666)
+    try:
+        return os.fstat(descriptor).st_mode & 0o777
+    finally:
+        os.close(descriptor)
+        probe.unlink()

@@ -194,12 +194,10 @@ def find(
         p for p in everything if below is None or p.folder == below or p.folder.startswith(f"{below}/") or below == ""
     ]
     fitting = [p for p in here if p.role in (role, None) and p != beside and _may_be(p, role, below)]
-    for certain in (_named_exactly(fitting, role, below or ""), fitting):
+    near = _nearest(fitting, beside) if beside is not None and not below else []
+    for certain in (near, _named_exactly(fitting, role, below or ""), fitting):
         if len(certain) == 1:
             return certain[0]
-    near = _nearest(fitting, beside) if beside is not None else []
-    if len(near) == 1:
-        return near[0]
     other = "subfolder" if role == "av" else "ar_subfolder"
     named = next((p for p in here if p.folder == (below or "")), None)
     if not fitting and named is not None:
@@ -272,6 +270,11 @@ def _nearest(fitting: Sequence[Place], beside: Place) -> list[Place]:
 def _step(folder: str) -> int | None:
     found = re.findall(r"(?:iter|step)_?(\d+)", folder.lower())
     return int(found[-1]) if found else None
+
+
+def names_role(name: str, role: Role) -> bool:
+    """Whether a folder's name has a word for a half."""
+    return bool(_ROLE_WORDS[role].search(name.lower()))
 
 
 def stage_of(folder: str) -> str | None:

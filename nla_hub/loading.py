@@ -17,9 +17,10 @@ from nla_hub.errors import CheckpointError, HubNotFoundError, InputError, Sideca
 from nla_hub.hub import HubOptions
 from nla_hub.injection import Injector
 from nla_hub.layouts import places
+from nla_hub.library import Checkpoint, Library, Under
 from nla_hub.locate import PairRefs, Ref
 from nla_hub.log import logger
-from nla_hub.opening import Checkpoint, Half, hub_name, open_half
+from nla_hub.opening import Half, hub_name, open_half
 from nla_hub.pretrained import LoadedModel, LoadOptions, load_causal_lm, load_config, load_tokenizer, load_trunk
 from nla_hub.prompts import ARPrompt, AVPrompt
 from nla_hub.reconstructor import ARModel, Reconstructor
@@ -49,6 +50,7 @@ class Pair:
     ar: Half | None
     base: Ref | None
     wanted: frozenset[str]
+    library: Library
 
     @property
     def sidecar(self) -> Sidecar:
@@ -87,19 +89,20 @@ def open_pair(
         CheckpointError and its children, HubError and its children.
     """
     wanted = check_components(components)
+    library = Library(hub_options)
     common: dict[str, Any] = {
-        "hub_options": hub_options or HubOptions(),
+        "library": library,
         "load_options": load_options or LoadOptions(),
         "base": refs.base,
-        "told": sidecar,
+        "told": {key: value for key, value in (sidecar or {}).items() if key != "role"},  # it is told to both halves
     }
     av = ar = None
     if wanted == {"ar"} and refs.av is not None and (refs.ar is None or refs.ar_guessed) and _is_ar(refs.av, common):
-        ar = open_half(refs.av, "ar", weights=weights, **common)  # the AR itself was named
+        ar = open_half(refs.av, "ar", **common)  # the AR itself was named
     else:
-        av = open_half(refs.av, "av", weights=weights and "av" in wanted, **common) if refs.av else None
+        av = open_half(refs.av, "av", **common) if refs.av else None
         if "ar" in wanted:
-            ar = _open_ar(refs, av, {**common, "weights": weights})
+            ar = _open_ar(refs, av, common)
     if av is not None and ar is not None:
         faults = av.sidecar.pair_faults(ar.sidecar)
         if av.adapter.name != ar.adapter.name:
@@ -117,8 +120,19 @@ def open_pair(
     base = refs.base
     if base is None:
         names = [half.sidecar.base_model for half in (av, ar) if half is not None]
-        base = next((ref for name in names if (ref := hub_name(name))), None)
-    return Pair(refs.name, av, ar, base, frozenset(wanted))
+        base = next((ref for name in names if (ref := hub_name(name))), None) or _under(av, ar)
+    if weights:
+        av = av.with_weights() if av is not None and "av" in wanted else av
+        ar = ar.with_weights() if ar is not None else None
+    return Pair(refs.name, av, ar, base, frozenset(wanted), library)
+
+
+def _under(*halves: Half | None) -> Ref | None:
+    """What a pair's LoRAs lie on, where that is no folder of their own: the source, as far as anything says."""
+    for half in halves:
+        if half is not None and half.under is not None and half.under.checkpoint is not half.checkpoint:
+            return replace(half.under.checkpoint.ref, subfolder=half.under.folder)
+    return None
 
 
 def _open_ar(refs: PairRefs, av: Half | None, common: Mapping[str, Any]) -> Half:
@@ -134,7 +148,7 @@ def _open_ar(refs: PairRefs, av: Half | None, common: Mapping[str, Any]) -> Half
     tried = [] if refs.ar is None else [refs.ar]
     if refs.av is not None and refs.av.kind == "hub":
         tried = [Ref("hub", name) for name in sibling_names(refs.av.name)]
-    options: HubOptions = common["hub_options"]
+    options: HubOptions = common["library"].options
     for ref in tried:
         if ref.kind != "hub" or hub.exists(ref.name, options=options):
             return open_half(ref, "ar", beside=av, **common)
@@ -149,7 +163,7 @@ def _open_ar(refs: PairRefs, av: Half | None, common: Mapping[str, Any]) -> Half
 
 def _is_ar(ref: Ref, common: Mapping[str, Any]) -> bool:
     """Whether a checkpoint's own folder can only be an AR."""
-    checkpoint = Checkpoint.open(ref, common["hub_options"])
+    checkpoint: Checkpoint = common["library"].open(ref)
     return any(place.folder == ref.subfolder and place.role == "ar" for place in places(checkpoint.files))
 
 
@@ -220,7 +234,7 @@ class Source:
 
 
 def open_source(
-    base: Ref | None, sidecar: Sidecar, family: str | None, name: str, hub_options: HubOptions, options: LoadOptions
+    base: Ref | None, sidecar: Sidecar, family: str | None, name: str, library: Library, options: LoadOptions
 ) -> Path:
     """The directory of a pair's base model, whose config fits the pair; its weights are on disk, but not read.
 
@@ -236,7 +250,8 @@ def open_source(
             where=name,
             next_step='pass base_model="owner/name" or base_model="./path" to from_pretrained',
         )
-    directory = Checkpoint.open(base, hub_options).fetch_model(base.subfolder)
+    under = Under(library.open(base), base.subfolder)
+    directory = under.fetch(weights=False)
     config = load_config(directory, trust_remote_code=options.trust_remote_code).get_text_config()
     faults = []
     if family is not None and (found := adapter_for(config).name) != family:
@@ -252,7 +267,7 @@ def open_source(
             faults=faults,
             next_step='pass the right one: base_model="owner/name" or base_model="./path"',
         )
-    return directory
+    return under.fetch()
 
 
 def load_source(directory: Path, sidecar: Sidecar, name: str, options: LoadOptions, *, complete: bool) -> Source:

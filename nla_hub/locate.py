@@ -10,7 +10,7 @@ import os
 import re
 from dataclasses import dataclass, replace
 from importlib.resources import files
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal
 
 from nla_hub import hub
@@ -131,8 +131,8 @@ def resolve_pair(
     ar: str | os.PathLike[str] | None = None,
     base_model: str | os.PathLike[str] | None = None,
     revision: str | None = None,
-    subfolder: str = "",
-    ar_subfolder: str = "",
+    subfolder: str | os.PathLike[str] = "",
+    ar_subfolder: str | os.PathLike[str] = "",
 ) -> PairRefs:
     """Find both halves of a pair and its source, as far as names and directory layout tell.
 
@@ -144,6 +144,7 @@ def resolve_pair(
     `.../name-av` at `.../name-ar`. What the AV's sidecar says (`pair_repo`, `base_checkpoint`) is consulted later,
     by `NLA.from_pretrained`.
     """
+    subfolder, ar_subfolder = _folder(subfolder), _folder(ar_subfolder)
     explicit_ar = _part(ar, "ar")
     if explicit_ar is not None and ar_subfolder:
         explicit_ar = replace(explicit_ar, subfolder=ar_subfolder)
@@ -173,7 +174,7 @@ def resolve_pair(
         return PairRefs(
             ref.name,
             _directory(directory / "av"),
-            explicit_ar or _directory(directory / "ar"),
+            explicit_ar or (replace(ref, subfolder=ar_subfolder) if ar_subfolder else _directory(directory / "ar")),
             explicit_base or _directory(directory / "source"),
         )
     beside = directory.resolve().parent
@@ -186,6 +187,16 @@ def resolve_pair(
         explicit_base or _directory(directory / "source") or _directory(beside / "source"),
         ar_subfolder=ar_subfolder,
     )
+
+
+def _folder(spelled: str | os.PathLike[str]) -> str:
+    """A folder inside a checkpoint, in one spelling; raises an InputError for one outside of it."""
+    path = PurePosixPath(str(spelled).replace("\\", "/"))
+    if path.is_absolute() or ".." in path.parts:
+        raise InputError(
+            "A subfolder lies inside the checkpoint.", got=repr(str(spelled)), expected="such as av/iter_000400"
+        )
+    return "" if str(path) == "." else str(path)
 
 
 def _entry(ref: Ref) -> ZooEntry:

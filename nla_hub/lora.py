@@ -7,8 +7,10 @@ multimodal wrapper is read alike. Nothing here needs peft; its own route is what
 
 from __future__ import annotations
 
+import json
 import math
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from nla_hub import yaml_io
 from nla_hub.adapters import Adapter
 from nla_hub.errors import CheckpointError, WeightsError
 from nla_hub.layouts import ADAPTER_WEIGHTS_NAME, AR_LORA_NAME, AR_META_NAME
@@ -33,7 +34,15 @@ _NOT_READ = {
     "layer_replication": "it changes the base's blocks",
     "lora_bias": "its factors have biases",
     "use_bdlora": "its factors are block-diagonal",
+    "use_qalora": "its factors see pooled inputs",
+    "alora_invocation_tokens": "it acts only after certain tokens",
+    "arrow_config": "it chooses among several adapters",
+    "kasa_config": "it scales the base's own weights",
+    "monteclora_config": "its factors are drawn anew",
+    "velora_config": "it compresses what it reads",
 }
+_KEEP_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
+"""Values of `init_lora_weights` that leave the base's weights alone; PiSSA, OLoRA, LoftQ and others change them."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +78,13 @@ class Lora:
         return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def read_lora(directory: Path, adapter: Adapter, *, told: Mapping[str, Any] | None = None) -> Lora:
+def read_lora(directory: Path, adapter: Adapter, *, told: Mapping[str, Any] | None = None, scaled: bool = True) -> Lora:
     """An adapter of either form.
 
     Args:
         adapter: of the base's family; its name for the list of blocks anchors the module names.
         told: what the sidecar or the user says instead of a missing or wrong `ar_meta.json`.
+        scaled: whether the strength is wanted; factors alone can be compared without it.
 
     Raises:
         CheckpointError: a configuration that cannot be read, or a kind of adapter that is no plain LoRA.
@@ -94,7 +104,9 @@ def read_lora(directory: Path, adapter: Adapter, *, told: Mapping[str, Any] | No
     meta = read_ar_meta(directory, told)
     return Lora(
         directory,
-        _factors(_weights_file(directory, AR_LORA_NAME), adapter, _ar_scale(directory, meta)),
+        _factors(
+            _weights_file(directory, AR_LORA_NAME), adapter, _ar_scale(directory, meta) if scaled else (lambda *_: 1.0)
+        ),
         meta=meta,
     )
 
@@ -114,7 +126,22 @@ def adapter_base(directory: Path) -> str | None:
 
 
 def _read_json(directory: Path, name: str) -> dict[str, Any]:
-    return yaml_io.read(inside(directory, name), error=CheckpointError)  # JSON is YAML
+    path = inside(directory, name)
+    try:
+        if path.stat().st_size > MAX_JSON:
+            raise ValueError(f"it is larger than {MAX_JSON} bytes")
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it holds no mapping")
+    except (OSError, ValueError, RecursionError) as cause:
+        raise CheckpointError(
+            f"This file cannot be read: {cause}", where=path, next_step="download it again, or ask its author"
+        ) from cause
+    return found
+
+
+MAX_JSON = 2**20
+"""Bytes of a configuration; real ones have a few thousand."""
 
 
 def _weights_file(directory: Path, name: str) -> Path:
@@ -137,6 +164,10 @@ def _require_plain(directory: Path, config: Mapping[str, Any]) -> None:
     if config.get("peft_type") != "LORA":
         faults.append(f"peft_type: got {config.get('peft_type')!r}, expected 'LORA'")
     faults += [f"{key}: {why}" for key, why in _NOT_READ.items() if config.get(key)]
+    if (begun := config.get("init_lora_weights")) not in _KEEP_THE_BASE:
+        faults.append(f"init_lora_weights: {begun!r} changes the base's own weights")
+    for key in ("rank_pattern", "alpha_pattern"):
+        faults += _pattern_faults(key, config.get(key))
     if config.get("bias", "none") != "none":
         faults.append(f"bias: got {config['bias']!r}, expected 'none'")
     if faults:
@@ -146,6 +177,22 @@ def _require_plain(directory: Path, config: Mapping[str, Any]) -> None:
             faults=faults,
             next_step="merge it into its base with peft (merge_and_unload, then save_pretrained) and load the result",
         )
+
+
+def _pattern_faults(key: str, value: object) -> list[str]:
+    if value is None:
+        return []
+    if not isinstance(value, Mapping):
+        return [f"{key}: got {value!r}, expected a mapping"]
+    found = []
+    for pattern, number in value.items():
+        try:
+            re.compile(str(pattern))
+        except re.error as cause:
+            found.append(f"{key}: {pattern!r} is no regular expression ({cause})")
+        if not _number(number):
+            found.append(f"{key}.{pattern}: got {number!r}, expected a positive number")
+    return found
 
 
 Scale = Callable[[str, int], float]
@@ -328,7 +375,10 @@ class Roles:
     def __init__(self, model: nn.Module, adapter: Adapter) -> None:
         self.model = model
         self.adapter = adapter
-        self._active: str | None = None
+        self._state = threading.local()  # another thread that reads the base meanwhile reads the base
+        self._always: str | None = None
+        self.turn = threading.RLock()
+        """Held by whoever plays; who reads the base itself beside other threads holds it too."""
         self._names: set[str] = set()
 
     @torch.no_grad()
@@ -345,7 +395,7 @@ class Roles:
 
     def _hook(self, name: str, a: Tensor, b: Tensor) -> Callable[..., Tensor | None]:
         def update(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            if self._active != name:
+            if getattr(self._state, "active", self._always) != name:
                 return None
             changed: Tensor = (output.float() + (args[0].float() @ a.T) @ b.T).to(output.dtype)
             return changed
@@ -355,17 +405,19 @@ class Roles:
     def stay(self, name: str) -> None:
         """Make the base the part called `name` for good."""
         assert name in self._names, name
-        self._active = name
+        self._always = name
 
     @contextmanager
     def playing(self, name: str) -> Iterator[None]:
-        """While open, the base is the part called `name`."""
+        """While open, the base is the part called `name`, in this thread; one thread plays at a time, others wait."""
         assert name in self._names, name
-        before, self._active = self._active, name
-        try:
-            yield
-        finally:
-            self._active = before
+        with self.turn:
+            before = getattr(self._state, "active", self._always)
+            self._state.active = name
+            try:
+                yield
+            finally:
+                self._state.active = before
 
 
 def n_values(loras: Sequence[Lora]) -> int:

@@ -17,6 +17,7 @@ from nla_hub.errors import InputError, PositionError
 from nla_hub.flags import row_flags
 from nla_hub.geometry import Reference, as_vectors
 from nla_hub.hub import HubOptions
+from nla_hub.library import Library
 from nla_hub.loading import Source, open_pair
 from nla_hub.locate import Ref, resolve_pair
 from nla_hub.opening import read_contract
@@ -61,9 +62,7 @@ class NLA:
             ready["av"] = av
         if ar is not None:
             ready["ar"] = ar
-        sources = source_loaders(
-            base, half.sidecar, family, name, hub_options or HubOptions(), load_options or LoadOptions()
-        )
+        sources = source_loaders(base, half.sidecar, family, name, Library(hub_options), load_options or LoadOptions())
         self._settle(
             name, Parts(sources, ready), half.sidecar, ar.sidecar if ar is not None else None, base, "resident"
         )
@@ -142,7 +141,7 @@ class NLA:
             hub_options=hub_options,
             load_options=options,
         )
-        parts, mode = build(pair, engine=engine, memory=memory, hub_options=hub_options, load_options=options)
+        parts, mode = build(pair, engine=engine, memory=memory, load_options=options)
         nla = cls.__new__(cls)
         nla._settle(pair.name, parts, pair.sidecar, pair.ar.sidecar if pair.ar is not None else None, pair.base, mode)
         if quantization_config is not None and pair.wanted == {"av", "ar"}:
@@ -204,7 +203,7 @@ class NLA:
         return cast(Source, self._parts.get("source" if "source" in self._parts.loaded else "trunk"))
 
     def release(self) -> None:
-        """Free the weights that are in memory; what is asked for next is loaded again."""
+        """Free the weights that are in memory; what is asked for next is loaded again. Under "shared" nothing is freed."""
         self._parts.release()
 
     # -- verbs -----------------------------------------------------------------------------------------------
@@ -236,19 +235,20 @@ class NLA:
         if doc_ids is not None and not all(isinstance(doc_id, str) for doc_id in doc_ids):
             raise InputError("doc_ids= are texts.", got=repr(doc_ids)[:80], next_step="pass [str(i) for i in ...]")
         source = self.capture_source
-        return capture(
-            source.loaded.adapter,
-            source.loaded.model,
-            source.tokenizer,
-            self.site,
-            documents,
-            positions=positions,
-            doc_ids=doc_ids,
-            batch_size=batch_size,
-            overflow=overflow,
-            parse_special_tokens=parse_special_tokens,
-            base_model=source.name,
-        )
+        with self._parts.turn:
+            return capture(
+                source.loaded.adapter,
+                source.loaded.model,
+                source.tokenizer,
+                self.site,
+                documents,
+                positions=positions,
+                doc_ids=doc_ids,
+                batch_size=batch_size,
+                overflow=overflow,
+                parse_special_tokens=parse_special_tokens,
+                base_model=source.name,
+            )
 
     def check_text(
         self, content: Content, positions: Positions = "last", *, overflow: Overflow = "error", where: str = "text"

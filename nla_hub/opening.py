@@ -7,69 +7,24 @@ A `Half` has its files found, its sidecar read in whatever dialect, its configur
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from nla_hub import hub, layouts, lora, yaml_io
+from nla_hub import layouts, lora, yaml_io
 from nla_hub.adapters import Adapter, adapter_for
 from nla_hub.errors import CheckpointError, InputError, SidecarError
-from nla_hub.hub import HubOptions
 from nla_hub.layouts import HalfFiles, Place
+from nla_hub.library import Checkpoint, Library, Under
 from nla_hub.locate import Ref, parse_name
 from nla_hub.log import logger
-from nla_hub.lora_stages import relation
+from nla_hub.lora_stages import stacked
 from nla_hub.pretrained import LoadOptions, has_tokenizer, load_config, load_tokenizer
 from nla_hub.prompts import measure_marker
-from nla_hub.sidecar import SIDECAR_NAME, Hints, Role, Sidecar, merge, named_role
+from nla_hub.sidecar import SIDECAR_NAME, Hints, Role, Sidecar, base_family, merge, named_role
 from nla_hub.weights import inside
 from nla_hub.zoo import known_sidecar
-
-
-@dataclass
-class Checkpoint:
-    """A directory or repository whose file names are known; its files are fetched when they are needed."""
-
-    ref: Ref
-    options: HubOptions
-    files: tuple[str, ...]
-    sizes: Mapping[str, int] = field(default_factory=dict)
-    commit: str | None = None
-    _root: Path | None = None
-
-    @classmethod
-    def open(cls, ref: Ref, options: HubOptions) -> Checkpoint:
-        """The names of a checkpoint's files.
-
-        Raises:
-            CheckpointError: no such directory. HubError and its children: see `hub.listing`.
-        """
-        if ref.kind == "hub":
-            listing = hub.listing(ref.name, revision=ref.revision, options=options)
-            return cls(ref, options, tuple(listing.files), listing.files, listing.commit)
-        root = ref.fetch(options)
-        # A downloaded snapshot lies in a directory named after its commit.
-        commit = root.name if root.parent.name == "snapshots" else None
-        return cls(ref, options, tuple(layouts.files_below(root)), {}, commit, root)
-
-    def fetch(self, names: Sequence[str]) -> Path:
-        """Have these files on disk; the local directory that they are in, under their names."""
-        if self.ref.kind != "hub":
-            assert self._root is not None
-            for name in names:
-                path = self._root / name
-                if path.is_symlink():
-                    inside(path.parent, path.name)
-            return self._root
-        return hub.fetch_files(
-            self.ref.name, list(names), revision=self.ref.revision, commit=self.commit, options=self.options
-        )
-
-    def fetch_model(self, folder: str = "") -> Path:
-        """Have a complete model on disk; its directory."""
-        place = Place(folder, "model", None, None, False)
-        return self.fetch(layouts.files_of(self.files, place)) / folder
 
 
 @dataclass(frozen=True)
@@ -101,6 +56,19 @@ class Half:
         """What an explanation calls it."""
         name = self.checkpoint.ref.name
         return f"{name}/{self.place.folder}" if self.place.folder and self.checkpoint.ref.kind == "hub" else name
+
+    def with_weights(self) -> Half:
+        """The same half with its weights on disk; of a LoRA also its base and the LoRAs that act together with it.
+
+        Raises:
+            CheckpointError: it is not clear which LoRAs act together. HubError and its children.
+        """
+        self.checkpoint.fetch(layouts.files_of(self.checkpoint.files, self.place))
+        if self.under is None:
+            return self
+        self.under.fetch()
+        stack = stacked(self.checkpoint, self.place, self.sidecar, self.adapter, self.role)
+        return replace(self, files=replace(self.files, stack=stack))
 
     def require_config(self) -> None:
         """Raise a SidecarError where sidecar and config.json (a LoRA's base's) disagree."""
@@ -142,28 +110,23 @@ def open_half(
     ref: Ref,
     role: Role,
     *,
-    hub_options: HubOptions,
+    library: Library,
     load_options: LoadOptions,
     base: Ref | None = None,
     beside: Half | None = None,
     told: Mapping[str, Any] | None = None,
-    weights: bool = True,
 ) -> Half:
-    """Find and verify one half.
+    """Find and verify one half; its weights stay where they are (see `Half.with_weights`).
 
     Args:
         base: the pair's base model, where it is known by now.
         beside: the other half: its checkpoint may hold this one too, and its sidecar or tokenizer serve both.
         told: what the user says about the contract; it wins over the sidecar.
-        weights: whether the weights are wanted too, or only what is said about them.
 
     Raises:
         CheckpointError and its children, HubError and its children.
     """
-    if beside is not None and replace(ref, subfolder="") == replace(beside.checkpoint.ref, subfolder=""):
-        checkpoint = beside.checkpoint
-    else:
-        checkpoint = Checkpoint.open(ref, hub_options)
+    checkpoint = library.open(ref)
     place = layouts.find(
         checkpoint.files,
         role,
@@ -171,14 +134,16 @@ def open_half(
         beside=beside.place if beside and beside.checkpoint is checkpoint else None,
         where=ref,
     )
-    root = checkpoint.fetch(layouts.files_of(checkpoint.files, place, weights=weights))
+    root = checkpoint.fetch(layouts.files_of(checkpoint.files, place, weights=False))
     directory = root / place.folder
+    _refuse_linked_folders(directory)
     raw = _contract(root, place, role, ref, beside, told)
     files = HalfFiles(directory, place.form)
     under = None
     if place.form != "model":
-        under = _under(directory, checkpoint, place, raw, base)
-        files = HalfFiles(directory, place.form, under.fetch(weights=weights), (directory,))
+        under = _under(directory, place, checkpoint, raw, base, library, told)
+        meta = _mapping(raw.get(AR_META_KEY))
+        files = HalfFiles(directory, place.form, under.fetch(weights=False), (directory,), meta)
     config = load_config(files.model_directory, trust_remote_code=load_options.trust_remote_code)
     adapter = adapter_for(config)
     tokenizer = _tokenizer(root, place, files, beside, load_options)
@@ -189,13 +154,21 @@ def open_half(
             where=ref,
             next_step=layouts.WRONG_HALF,
         )
-    if place.form != "model":
-        told_meta = sidecar.extra.get(AR_META_KEY)
-        told_meta = told_meta if isinstance(told_meta, Mapping) else {}
-        files = HalfFiles(directory, place.form, files.base, files.stack, told_meta)
-        if role == "av" and weights:
-            files = _stacked(files, checkpoint, place, sidecar, adapter)
+    if place.form == "ar_lora" and sidecar.ar_special_tokens and getattr(tokenizer, "bos_token_id", None) is not None:
+        logger.warning(
+            "%s: this AR's prompt begins with the tokenizer's BOS, which EasyNLA's own code leaves out; where it was trained "
+            'so, pass sidecar={"ar_special_tokens": False}',
+            directory,
+        )
     return Half(role, checkpoint, place, files, sidecar, config, adapter, tokenizer, under)
+
+
+def _refuse_linked_folders(directory: Path) -> None:
+    """Raise a WeightsError for a link to a folder elsewhere: transformers looks into some by name."""
+    with os.scandir(directory) as entries:
+        for name in [entry.name for entry in entries if entry.is_symlink()]:
+            if os.path.isdir(directory / name):
+                inside(directory, name)
 
 
 AR_META_KEY = "ar_meta"
@@ -237,7 +210,7 @@ def _spoken_for(raw: Mapping[str, Any], role: Role, written_for: Role | None) ->
 
     How vectors enter is not an AR's business: what its sidecar has there (null) says nothing about the AV.
     """
-    spoken = {**raw, "role": role}
+    spoken = {**{k: v for k, v in raw.items() if k != "integrity"}, "role": role}
     if role == "av" and written_for == "ar":
         spoken.pop("injection", None)
         extraction = _mapping(raw.get("extraction"))
@@ -289,29 +262,42 @@ def _tokenizer(root: Path, place: Place, files: HalfFiles, beside: Half | None, 
 # -- what a LoRA stands on -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Under:
-    """The complete model that a LoRA lies on: a folder of a checkpoint."""
+def _under(
+    directory: Path,
+    place: Place,
+    checkpoint: Checkpoint,
+    raw: Mapping[str, Any],
+    base: Ref | None,
+    library: Library,
+    told: Mapping[str, Any] | None,
+) -> Under:
+    """What a LoRA lies on: a folder of its own checkpoint, the pair's base, or what adapter and sidecar call it.
 
-    checkpoint: Checkpoint
-    folder: str
-
-    def fetch(self, *, weights: bool) -> Path:
-        """Have it on disk; its directory."""
-        place = Place(self.folder, "model", None, None, False)
-        return self.checkpoint.fetch(layouts.files_of(self.checkpoint.files, place, weights=weights)) / self.folder
-
-
-def _under(directory: Path, checkpoint: Checkpoint, place: Place, raw: Mapping[str, Any], base: Ref | None) -> Under:
-    """What a LoRA lies on: a folder of its own checkpoint, the pair's base, or what adapter and sidecar call it."""
+    Raises:
+        CheckpointError: nothing says it, or adapter and sidecar name two.
+    """
     stack = raw.get("adapter_stack")
     if isinstance(stack, list) and place.folder in stack:
         first = next((p for p in layouts.places(checkpoint.files) if p.folder == str(stack[0]).strip("/")), None)
         if first is not None and first.form == "model":
             return Under(checkpoint, first.folder)
+    if isinstance(own := _mapping(told).get(ADAPTER_BASE_KEY), str):
+        found: Ref | None = parse_name(own)
+    else:
+        found = hub_name(raw.get(ADAPTER_BASE_KEY)) or base
     spelled = [raw.get("base_checkpoint"), raw.get("base_model"), _mapping(raw.get("extraction")).get("base_model")]
     names = [lora.adapter_base(directory), *(name for name in spelled if isinstance(name, str))]
-    found = base or next((ref for name in names if name and (ref := hub_name(name))), None)
+    if found is None:
+        known = [ref for name in names if name and (ref := hub_name(name))]
+        if len({base_family(ref.name) for ref in known}) > 1:
+            raise CheckpointError(
+                "Adapter and sidecar name two base models.",
+                where=directory,
+                got=" and ".join(dict.fromkeys(map(str, known))),
+                next_step=f'pass base_model="owner/name" where both mean one, or sidecar={{"{ADAPTER_BASE_KEY}": '
+                '"owner/name"} where the adapter lies on another model than the source',
+            )
+        found = next(iter(known), None)
     if found is None:
         raise CheckpointError(
             "This is a LoRA adapter, and nothing says where its base model is."
@@ -321,62 +307,8 @@ def _under(directory: Path, checkpoint: Checkpoint, place: Place, raw: Mapping[s
             where=directory,
             next_step='pass base_model="owner/name" or base_model="./path"',
         )
-    return Under(Checkpoint.open(found, checkpoint.options), found.subfolder)
+    return Under(library.open(found), found.subfolder)
 
 
-def _stacked(files: HalfFiles, checkpoint: Checkpoint, place: Place, sidecar: Sidecar, adapter: Adapter) -> HalfFiles:
-    """The LoRAs that act together with this one: those that the sidecar lists, or the stage it was begun on top of."""
-    everything = {p.folder: p for p in layouts.places(checkpoint.files)}
-    if sidecar.adapter_stack is not None:
-        folders = [name.strip("/") for name in sidecar.adapter_stack]
-        faults = [f"there is no LoRA in {f!r}" for f in folders if f not in everything]
-        loras = [f for f in folders if f in everything and everything[f].form == "lora"]
-        if place.folder not in loras:
-            faults.append(f"the AV's own folder {place.folder!r} is not among {', '.join(folders)}")
-        if faults:
-            raise SidecarError(
-                "The sidecar's adapter_stack does not fit the checkpoint.", where=checkpoint.ref, faults=faults
-            )
-    else:
-        earlier = _earlier_stage(place, everything)
-        if earlier is None:
-            return files
-        root = checkpoint.fetch(layouts.files_of(checkpoint.files, earlier))
-        verdict, cosine = relation(
-            lora.read_lora(root / earlier.folder, adapter), lora.read_lora(files.directory, adapter)
-        )
-        if verdict == "unclear":
-            raise CheckpointError(
-                f"It is not clear whether {place.folder} replaces {earlier.folder} or acts on top of it.",
-                where=checkpoint.ref,
-                got=f"their A factors have a median cosine of {cosine:.2f}",
-                next_step=f'ask its author, then pass sidecar={{"adapter_stack": ["{place.folder}"]}} or '
-                f'["{earlier.folder}", "{place.folder}"]',
-            )
-        loras = [place.folder] if verdict == "continues" else [earlier.folder, place.folder]
-        logger.info(
-            "%s: %s %s %s (their A factors are %s)",
-            checkpoint.ref,
-            place.folder,
-            "replaces" if verdict == "continues" else "acts on top of",
-            earlier.folder,
-            "not of one shape" if cosine is None else f"at a median cosine of {cosine:.2f}",
-        )
-    root = checkpoint.fetch([f for name in loras for f in layouts.files_of(checkpoint.files, everything[name])])
-    return HalfFiles(files.directory, files.form, files.base, tuple(root / name for name in loras), files.told)
-
-
-def _earlier_stage(place: Place, everything: Mapping[str, Place]) -> Place | None:
-    """The supervised AV LoRA beside one of reinforcement learning; None where there is none, or several."""
-    if layouts.stage_of(place.folder) != "rl":
-        return None
-    parent = place.folder.rpartition("/")[0]
-    found = [
-        p
-        for p in everything.values()
-        if p.form == "lora"
-        and p.role == "av"
-        and p.folder.rpartition("/")[0] == parent
-        and layouts.stage_of(p.folder) == "sft"
-    ]
-    return found[0] if len(found) == 1 else None
+ADAPTER_BASE_KEY = "adapter_base"
+"""Key of a sidecar: the model that a LoRA lies on, where that is not the source."""

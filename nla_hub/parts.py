@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -12,8 +14,8 @@ from torch import Tensor, nn
 from nla_hub.adapters import Adapter
 from nla_hub.checkpoints import head_input_scale, load_head, read_loras, require_blocks
 from nla_hub.engines.base import Completion, Engine
-from nla_hub.errors import CheckpointError, HubError, InputError
-from nla_hub.hub import HubOptions
+from nla_hub.errors import CheckpointError, InputError, NLAError
+from nla_hub.library import Library
 from nla_hub.loading import (
     Pair,
     Source,
@@ -26,11 +28,13 @@ from nla_hub.loading import (
 )
 from nla_hub.locate import Ref
 from nla_hub.lora import Roles
+from nla_hub.opening import Half
 from nla_hub.pretrained import LoadOptions, load_causal_lm, load_tokenizer
 from nla_hub.prompts import AVPrompt
 from nla_hub.reconstructor import ARModel, Reconstructor
-from nla_hub.sidecar import Sidecar, Site
+from nla_hub.sidecar import Role, Sidecar, Site
 from nla_hub.sizing import choose_mode
+from nla_hub.steering import unsteered
 from nla_hub.verbalizer import Verbalizer
 
 Memory = Literal["auto", "resident", "staged", "shared"]
@@ -53,7 +57,10 @@ class Parts:
         ready: Mapping[PartName, Any] | None = None,
         *,
         staged: bool = False,
+        turn: AbstractContextManager[Any] | None = None,
     ) -> None:
+        self.turn: AbstractContextManager[Any] = turn or nullcontext()
+        """Held while the source runs: on a shared base one role is played at a time."""
         self._loaders = dict(loaders)
         self._here: dict[PartName, Any] = dict(ready or {})  # what no loader could bring back is never freed
         self.staged = staged
@@ -92,9 +99,7 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def build(
-    pair: Pair, *, engine: str, memory: Memory, hub_options: HubOptions, load_options: LoadOptions
-) -> tuple[Parts, Mode]:
+def build(pair: Pair, *, engine: str, memory: Memory, load_options: LoadOptions) -> tuple[Parts, Mode]:
     """The parts of an opened pair, and the mode that was taken. Under "resident" and "shared" the halves are loaded now.
 
     Raises:
@@ -104,9 +109,9 @@ def build(
         raise InputError("Unknown memory mode.", got=repr(memory), expected=", ".join(map(repr, get_args(Memory))))
     mode: Mode = _choose(pair, load_options) if memory == "auto" else memory
     if mode == "shared":
-        parts = _shared(pair, engine, hub_options, load_options)
+        parts = _shared(pair, engine, load_options)
     else:
-        parts = _separate(pair, engine, hub_options, load_options, staged=mode == "staged")
+        parts = _separate(pair, engine, load_options, staged=mode == "staged")
     if mode != "staged":
         halves: tuple[PartName, PartName] = ("av", "ar")
         for half in halves:
@@ -119,11 +124,11 @@ def _choose(pair: Pair, options: LoadOptions) -> Mode:
     """What "auto" takes; where a size cannot be told the loader itself says best what is wrong."""
     try:
         return choose_mode(pair, options)
-    except (CheckpointError, HubError):
+    except NLAError:
         return "resident"
 
 
-def _separate(pair: Pair, engine: str, hub_options: HubOptions, options: LoadOptions, *, staged: bool) -> Parts:
+def _separate(pair: Pair, engine: str, options: LoadOptions, *, staged: bool) -> Parts:
     loaders: dict[PartName, Callable[[], Any]] = {}
     av, ar = pair.av, pair.ar
     if "av" in pair.wanted and av is not None:
@@ -133,17 +138,17 @@ def _separate(pair: Pair, engine: str, hub_options: HubOptions, options: LoadOpt
         ar_prompt(ar)
         loaders["ar"] = lambda: load_reconstructor(ar, options)
 
-    sources = source_loaders(pair.base, pair.sidecar, pair.family, pair.name, hub_options, options)
+    sources = source_loaders(pair.base, pair.sidecar, pair.family, pair.name, pair.library, options)
     return Parts({**loaders, **sources}, staged=staged)
 
 
 def source_loaders(
-    base: Ref | None, sidecar: Sidecar, family: str | None, name: str, hub_options: HubOptions, options: LoadOptions
+    base: Ref | None, sidecar: Sidecar, family: str | None, name: str, library: Library, options: LoadOptions
 ) -> dict[PartName, Callable[[], Source]]:
     """How to load a pair's source, cut to its site and complete."""
 
     def source(complete: bool) -> Source:
-        directory = open_source(base, sidecar, family, name, hub_options, options)
+        directory = open_source(base, sidecar, family, name, library, options)
         return load_source(directory, sidecar, str(base), options, complete=complete)
 
     return {"trunk": lambda: source(False), "source": lambda: source(True)}
@@ -157,16 +162,19 @@ def _av_name(pair: Pair) -> str:
 # -- one base, several roles -----------------------------------------------------------------------------------
 
 
-def _shared(pair: Pair, engine: str, hub_options: HubOptions, options: LoadOptions) -> Parts:
-    base = open_source(pair.base, pair.sidecar, pair.family, pair.name, hub_options, options)
-    halves = {role: half for role in ("av", "ar") if role in pair.wanted and (half := getattr(pair, role)) is not None}
+def _shared(pair: Pair, engine: str, options: LoadOptions) -> Parts:
+    halves: dict[Role, Half] = {
+        half.role: half for half in (pair.av, pair.ar) if half is not None and half.role in pair.wanted
+    }
     faults = []
     for role, half in halves.items():
-        if half.files.form == "model":
+        if half.under is None:
             faults.append(f"the {role.upper()} is a complete model")
-        elif half.files.base.resolve() != base.resolve():
-            faults.append(f"the {role.upper()} stands on {half.files.base}, the source is {base}")
-        elif role == "ar" and half.sidecar.final_norm_stripped is not True:
+            continue
+        under = replace(half.under.checkpoint.ref, subfolder=half.under.folder)
+        if under != pair.base:
+            faults.append(f"the {role.upper()} lies on {under}, the source is {pair.base}")
+        if role == "ar" and half.sidecar.final_norm_stripped is not True:
             faults.append("the AR's head reads behind the final norm (final_norm_stripped is not true)")
     if faults:
         raise CheckpointError(
@@ -176,6 +184,7 @@ def _shared(pair: Pair, engine: str, hub_options: HubOptions, options: LoadOptio
             expected="an AV and an AR that are LoRAs on the source itself",
             next_step='use memory="staged": one part at a time',
         )
+    base = open_source(pair.base, pair.sidecar, pair.family, pair.name, pair.library, options)
     loaded = load_causal_lm(base, options)
     roles = Roles(loaded.model, loaded.adapter)
     ready: dict[PartName, Any] = {}
@@ -189,7 +198,7 @@ def _shared(pair: Pair, engine: str, hub_options: HubOptions, options: LoadOptio
             _RoleEngine(verbalizer.engine, roles), verbalizer.sidecar, verbalizer.name, verbalizer.revision
         )
     if ar is not None:
-        loras = read_loras(ar.files, loaded.adapter)
+        loras = read_loras(ar.files, loaded.adapter, site=ar.sidecar.site)
         require_blocks(ar.files, loras, ar.sidecar)
         roles.add("ar", loras)
         head = load_head(ar.files.directory, ar.sidecar.d_model).to(next(loaded.model.parameters()).device)
@@ -197,7 +206,7 @@ def _shared(pair: Pair, engine: str, hub_options: HubOptions, options: LoadOptio
         ready["ar"] = Reconstructor(model, ar_prompt(ar), ar.sidecar, ar.name)
     source = Source(loaded, load_tokenizer(base, trust_remote_code=options.trust_remote_code), str(pair.base))
     ready["trunk"] = ready["source"] = source
-    return Parts({}, ready)
+    return Parts({}, ready, turn=roles.turn)
 
 
 class _RoleEngine(Engine):
@@ -217,7 +226,7 @@ class _RoleEngine(Engine):
 
     def generate(self, vectors: Tensor, draws: Tensor | None, **settings: Any) -> list[Completion]:
         """See `Engine.generate`."""
-        with self.roles.playing("av"):
+        with self.roles.playing("av"), unsteered(self.roles.adapter, self.roles.model):
             return self.engine.generate(vectors, draws, **settings)
 
     def probe(self) -> None:
@@ -242,5 +251,9 @@ class _RoleAR(ARModel):
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """See `ARModel.forward`."""
-        with self.roles.playing("ar"), self.adapter.cut(self.trunk, self.site):
+        with (
+            self.roles.playing("ar"),
+            unsteered(self.adapter, self.trunk),
+            self.adapter.cut(self.trunk, self.site),
+        ):
             return super().forward(ids, mask)

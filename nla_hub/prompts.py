@@ -158,7 +158,7 @@ class ARPrompt:
         """What disagrees between template, suffix ids and tokenizer."""
         ids = self._ids("any words")
         faults = []
-        if self.suffix_ids is not None and tuple(ids[-len(self.suffix_ids) :]) != self.suffix_ids:
+        if self.suffix_ids and tuple(ids[-len(self.suffix_ids) :]) != self.suffix_ids:
             tail = list(ids[-len(self.suffix_ids) :])
             faults.append(
                 f"tokens.critic_suffix_ids: the sidecar says {list(self.suffix_ids)}, the prompt ends in {tail}"
@@ -170,7 +170,9 @@ class ARPrompt:
 
     def _ids(self, explanation: str) -> list[int]:
         text = self.template.replace(EXPLANATION_PLACEHOLDER, explanation)
-        return [int(i) for i in self.tokenizer(text, add_special_tokens=self.special_tokens, verbose=False)["input_ids"]]
+        return [
+            int(i) for i in self.tokenizer(text, add_special_tokens=self.special_tokens, verbose=False)["input_ids"]
+        ]
 
     def encode(self, explanation: str, *, where: str = "explanation") -> list[int]:
         """Ids of one filled template; the last one is the reading position.

@@ -12,15 +12,16 @@ from typing import Any
 
 import torch
 
-from nla_hub import hub, layouts
+from nla_hub import hub
 from nla_hub.adapters import adapter_for
-from nla_hub.errors import CheckpointError, HubError, WeightsError
+from nla_hub.errors import WeightsError
 from nla_hub.hardware import free_memory
 from nla_hub.layouts import ADAPTER_WEIGHTS_NAME, AR_LORA_NAME
+from nla_hub.library import Checkpoint, Under
 from nla_hub.loading import Pair
 from nla_hub.locate import Ref
 from nla_hub.memory import Header, Mode, PartSize, Quantization, Workload, choose, part_size
-from nla_hub.opening import Checkpoint, Half
+from nla_hub.opening import Half
 from nla_hub.pretrained import LoadOptions, load_config
 from nla_hub.prompts import AVPrompt
 from nla_hub.weights import HEAD_NAME, INDEX_NAME, WEIGHTS_NAME, read_header
@@ -45,16 +46,24 @@ def pair_sizes(pair: Pair, options: LoadOptions, *, source: bool = True) -> list
 def choose_mode(pair: Pair, options: LoadOptions, work: Workload | None = None) -> Mode:
     """What `memory="auto"` takes for an opened pair: "resident" where everything fits into what is free, else "staged".
 
-    A source whose size cannot be told (not downloaded, no connection) is left out: only what is known decides.
+    Nobody is asked over the network: a source that is not here counts as its AV's equal up to the site (the AV is a
+    fine-tune of it, or lies on it), and is left out where only one half is wanted.
 
     Raises:
-        WeightsError, HubError and its children: a half whose headers cannot be read.
+        WeightsError: a half whose headers cannot be read.
     """
-    try:
-        sizes = pair_sizes(pair, options)
-    except (HubError, CheckpointError):
-        sizes = pair_sizes(pair, options, source=False)
+    sizes = pair_sizes(pair, options, source=False)
+    half = pair.av if "av" in pair.wanted else pair.ar
+    if len(pair.wanted) == 2 and half is not None:
+        sizes.append(_like_source(half, options))
     return choose(sizes, workload_of(pair, work), free_memory(device_of(options)), on_cpu=options.on_cpu())
+
+
+def _like_source(half: Half, options: LoadOptions) -> PartSize:
+    """A source cut to the site, by the complete model that a half is or lies on."""
+    under = half.under or Under(half.checkpoint, half.place.folder)
+    header = _headers(under.checkpoint, _model_files(under.checkpoint, under.folder))
+    return part_size("source", header, half.config, half.adapter, site=half.sidecar.site, **_how(options))
 
 
 def device_of(options: LoadOptions) -> torch.device:
@@ -94,10 +103,8 @@ def source_size(base: Ref, pair: Pair, options: LoadOptions, *, complete: bool =
     """The base model: up to block K for capture, or complete for steering."""
     half = pair.av or pair.ar
     assert half is not None
-    checkpoint = Checkpoint.open(base, half.checkpoint.options)
-    model = layouts.Place(base.subfolder, "model", None, None, False)
-    small = layouts.files_of(checkpoint.files, model, weights=False)
-    directory = checkpoint.fetch(small) / base.subfolder
+    checkpoint = pair.library.open(base)
+    directory = Under(checkpoint, base.subfolder).fetch(weights=False)
     config = load_config(directory, trust_remote_code=options.trust_remote_code)
     header = _headers(checkpoint, _model_files(checkpoint, base.subfolder))
     adapter = adapter_for(config)

@@ -154,6 +154,20 @@ class SteeringVector:
                 object.__delattr__(block, _ATTRIBUTE)
 
 
+@contextmanager
+def unsteered(adapter: Adapter, model: nn.Module) -> Iterator[None]:
+    """While open, no SteeringVector acts on `model`: for a base that plays another part meanwhile."""
+    steered = [found for block in adapter.block_list(model) if (found := getattr(block, _ATTRIBUTE, None)) is not None]
+    saved = [one.active for one in steered]
+    for one in steered:
+        one.active = []
+    try:
+        yield
+    finally:
+        for one, active in zip(steered, saved, strict=True):
+            one.active = active
+
+
 def _check_positions(positions: SteerPositions) -> SteerPositions:
     if isinstance(positions, str):
         if positions not in ("generated", "all"):

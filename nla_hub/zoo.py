@@ -235,13 +235,16 @@ def entries_of(value: Any) -> dict[str, ZooEntry]:
 
 
 def known_sidecar(ref: Ref, role: Literal["av", "ar"]) -> Mapping[str, Any]:
-    """What the zoo knows of the contract of a half, by its repository and folder; empty for an unknown one."""
-    for found in zoo().values():
-        if found.sidecar and ref.kind == "hub" and ref.name == getattr(found, role):
-            folder = getattr(found, f"{role}_folder")
-            if not folder or not ref.subfolder or folder == ref.subfolder:
-                return found.sidecar
-    return {}
+    """What the zoo knows of the contract of a half, by its repository and folder; empty for an unknown one.
+
+    A folder that no entry names gets what all entries of its repository agree on.
+    """
+    if ref.kind != "hub":
+        return {}
+    entries = [one for one in zoo().values() if getattr(one, role).lower() == ref.name.lower()]
+    exact = [one for one in entries if ref.subfolder and getattr(one, f"{role}_folder") == ref.subfolder]
+    found = [one.sidecar for one in exact or entries]
+    return found[0] if found and all(one == found[0] for one in found) else {}
 
 
 def read_entries(source: Path | Mapping[str, Any]) -> dict[str, ZooEntry]:

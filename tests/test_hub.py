@@ -60,6 +60,7 @@ attempt("no such revision", "owner/name-av", revision="v9")
 attempt("no such pinned revision", "owner/name-av", revision="f" * 40)
 attempt("no ar beside it", "owner/lonely-av")
 attempt("no name", "owner/a..b--c-av")
+attempt("faulty contract", "owner/faulty-av")
 attempt("folder", "owner/runs", subfolder="iter_0000200")
 attempt("which folder", "owner/runs")
 attempt("another word", "owner/x_Verbalizer_final")
@@ -99,6 +100,10 @@ def session(llama: Case, tmp_path_factory: pytest.TempPathFactory) -> Session:
     shutil.copytree(llama.pair.av, av)
     for decoy in ("pytorch_model.bin", "modeling_evil.py", "train.parquet"):
         (av / decoy).write_bytes(b"never downloaded")
+    faulty = root / "faulty"
+    shutil.copytree(llama.pair.av, faulty)
+    sidecar = faulty / "nla_meta.yaml"
+    sidecar.write_text(sidecar.read_text("utf-8").replace("injection_scale: 8.0", "injection_scale: -8.0"), "utf-8")
     world = World()
     folders = run_folders(world, root / "runs")
     if PEFT:
@@ -112,6 +117,8 @@ def session(llama: Case, tmp_path_factory: pytest.TempPathFactory) -> Session:
             "owner/lonely-av": llama.pair.av,
             "random/source": llama.pair.source,
             "owner/runs": folders.name,
+            "owner/faulty-av": faulty,
+            "owner/faulty-ar": llama.pair.ar,
             "owner/x_Verbalizer_final": llama.pair.av,
             "owner/x_Reconstructor_final": llama.pair.ar,
             "owner/base": root / "lora" / "base",
@@ -165,6 +172,13 @@ def test_of_many_folders_only_the_named_one_is_downloaded(session: Session) -> N
     asked = session.results["which folder"]
     assert asked["error"] == "CheckpointError"
     assert "iter_0000100/av" in asked["text"] and 'subfolder="' in asked["text"]
+
+
+def test_no_weight_is_downloaded_before_the_contract_was_read(session: Session) -> None:
+    assert "injection_scale: got -8.0" in session.results["faulty contract"]["text"]
+    paths = [path for _, path, *_ in session.requests if path.startswith("owner/faulty-")]
+    assert any(path.endswith("nla_meta.yaml") for path in paths)
+    assert not any(path.endswith(".safetensors") for path in paths)
 
 
 def test_a_sibling_is_found_by_the_word_for_its_half(session: Session) -> None:

@@ -21,7 +21,7 @@ from nla_hub.errors import (
 )
 from nla_hub.flags import mostly_cjk
 from nla_hub.geometry import Reference
-from nla_hub.hub import HubOptions
+from nla_hub.library import Library
 from nla_hub.locate import Ref
 from nla_hub.opening import open_half
 from nla_hub.pretrained import LoadOptions
@@ -337,7 +337,7 @@ def test_a_sidecar_replaces_a_guessed_ar_but_never_a_pinned_one(
     llama: Case, monkeypatch: pytest.MonkeyPatch, name: str, expected: str
 ) -> None:
     asked: list[str] = []
-    mine = open_half(Ref("directory", str(llama.pair.av)), "av", hub_options=HubOptions(), load_options=LoadOptions())
+    mine = open_half(Ref("directory", str(llama.pair.av)), "av", library=Library(), load_options=LoadOptions())
 
     def opened(ref: Any, role: str, **settings: Any) -> Any:
         asked.append(ref.name)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from parity import close, engine_logits
 from transformers import BitsAndBytesConfig
 from wild import TEXTS, Built, World, peft_pair, vectors
 
-from nla_hub import NLA
+from nla_hub import NLA, hub
 from nla_hub.errors import CheckpointError, GateFailedError, InputError
 from nla_hub.parts import Parts
 from nla_hub.round_trip import TEXTS as GATE_TEXTS
@@ -125,6 +127,53 @@ def test_a_shared_source_steers_as_it_is(lora_pair: Built) -> None:
         with vector.apply(one.source.loaded.model, strength=0.5), torch.no_grad():
             outs.append(one.source.loaded.model(ids).logits)
     assert torch.equal(*outs)
+
+
+def test_a_steered_source_steers_no_other_role(lora_pair: Built) -> None:
+    nla = NLA.from_pretrained(lora_pair.name, memory="shared")
+    vector = nla.steering_vector(to="a cat")
+    rows = vectors()
+    free = [e.raw for e in nla.verbalize(rows, **SETTINGS)]
+    model = nla.source.loaded.model
+    ids = torch.tensor([[0, 30, 31, 32]])
+    with torch.no_grad(), vector.apply(model, strength=4.0):
+        steered = model(ids).logits
+        assert [e.raw for e in nla.verbalize(rows, **SETTINGS)] == free
+        close(nla.reconstruct(list(TEXTS)), lora_pair.vectors)  # type: ignore[arg-type]
+        assert torch.equal(model(ids).logits, steered)
+    with torch.no_grad():
+        assert not torch.equal(model(ids).logits, steered)
+
+
+def test_threads_take_turns_on_a_shared_base(lora_pair: Built) -> None:
+    nla = NLA.from_pretrained(lora_pair.name, memory="shared")
+    expected = (
+        [e.raw for e in nla.verbalize(vectors(), **SETTINGS)],
+        nla.capture(list(TEXTS), positions="all").vectors,
+    )
+
+    def work(i: int) -> bool:
+        if i % 3 == 0:
+            return [e.raw for e in nla.verbalize(vectors(), **SETTINGS)] == expected[0]
+        if i % 3 == 1:
+            close(nla.reconstruct(list(TEXTS)), lora_pair.vectors)  # type: ignore[arg-type]
+            return True
+        return torch.equal(nla.capture(list(TEXTS), positions="all").vectors, expected[1])
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(work, range(18)))
+
+
+def test_nothing_is_asked_of_the_hub_about_a_source_that_is_not_needed(
+    llama: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shutil.copytree(llama.pair.root / "av", tmp_path / "x-av")  # no source beside it; its sidecar names one on the Hub
+    shutil.copytree(llama.pair.root / "ar", tmp_path / "x-ar")
+    for name in ("listing", "fetch", "fetch_files", "headers", "exists"):
+        monkeypatch.setattr(hub, name, lambda *_, **__: pytest.fail("the Hub was asked"))
+    nla = NLA.from_pretrained(tmp_path / "x-av")
+    assert (nla.memory, str(nla._base)) == ("resident", "random/source")
+    assert NLA.from_pretrained(tmp_path / "x-av", components=("av",)).memory == "resident"
 
 
 def test_complete_models_cannot_share_a_base(llama: Case) -> None:

@@ -261,6 +261,7 @@ def test_what_is_known_of_a_repository_holds_however_it_is_named() -> None:
     assert refs.ar == Ref("hub", known.ar, subfolder="rl_vllm/critic_latest")
     assert known_sidecar(Ref("hub", known.av), "av") == known.sidecar
     assert known_sidecar(refs.ar, "ar") == known.sidecar
-    assert known_sidecar(Ref("hub", known.av, subfolder="another"), "av") == {}
+    assert known_sidecar(Ref("hub", known.av, subfolder="rl_vllm/iter_000200"), "av") == known.sidecar
+    assert known_sidecar(Ref("hub", known.av.capitalize()), "ar") == known.sidecar
     assert known_sidecar(Ref("hub", "owner/other"), "av") == {}
     assert known_sidecar(Ref("directory", known.av), "av") == {}

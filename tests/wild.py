@@ -463,8 +463,9 @@ def continued(world: World, root: Path) -> Built:
     rl = world.lora(31, near=sft)
     sft.save_pretrained(root / "x" / "av_sft_lora")
     rl.save_pretrained(root / "x" / "av_rl_lora")
-    world.write_ar_lora(root / "x" / "ar_sft_critic", world.lora(32))
-    ar = world.lora(33)
+    ar_sft = world.lora(32)
+    ar = world.lora(33, near=ar_sft)
+    world.write_ar_lora(root / "x" / "ar_sft_critic", ar_sft)
     world.write_ar_lora(root / "x" / "rl_critic", ar, meta=False)
     write_sidecar(root / "x", world.dataset_sidecar(injection={"kind": "add"}))
     told = {"ar_meta": {"ar_num_layers": LAYER + 1, "lora_alpha": 6, "final_norm_stripped": True}}

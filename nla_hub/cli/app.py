@@ -19,7 +19,7 @@ import typer
 from typer.core import TyperGroup
 
 from nla_hub import __version__
-from nla_hub.cli import output
+from nla_hub.cli import output, wording
 from nla_hub.errors import NLAError
 
 COMMANDS = ("explain", "eval", "steer", "train", "models", "recipes", "convert", "doctor")
@@ -39,6 +39,15 @@ class RootGroup(TyperGroup):
         front = [arg for arg in args[:end] if arg in _ANYWHERE]
         rest = [arg for arg in args[:end] if arg not in _ANYWHERE]
         return super().parse_args(ctx, [*front, *rest, *args[end:]])
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command; what an error of the SDK advises is put into the words of the command's own options."""
+        try:
+            return super().invoke(ctx)
+        except NLAError as error:
+            command = self.get_command(ctx, ctx.invoked_subcommand or "")
+            wording.translate(error, {name for option in command.params for name in option.opts} if command else ())
+            raise
 
     def main(self, args: Sequence[str] | None = None, *others: Any, **settings: Any) -> Any:
         """Run; a user's mistake becomes a message on stderr and its exit code."""

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from nla_hub.cli import output, pair
 from nla_hub.errors import InputError
-from nla_hub.locate import expand
+from nla_hub.locate import expand, resolve_pair, zoo_ref
+
+if TYPE_CHECKING:
+    from nla_hub.loading import Pair
 
 
 class Dtype(StrEnum):
@@ -49,21 +59,21 @@ def convert(
     """Write a pair in the canonical layout: av/ and ar/, complete weights, nla_meta.yaml in its current version.
 
     Unknown keys of the sidecar are kept, licences and README are copied, LoRAs are merged into their base model. The source
-    is not changed.
+    is not changed. Until it is complete the pair is in a hidden directory .NAME.* beside DST (in DST where that exists); a
+    run that is ended by kill -9 leaves it there, and it may be deleted.
     """
+    place = named_directory(destination)
+    from nla_hub.convert import check_destination, describe
     from nla_hub.convert import convert as write
-    from nla_hub.convert import describe
     from nla_hub.loading import open_pair
-    from nla_hub.locate import resolve_pair
     from nla_hub.opening import read_contract
 
-    place = expand(destination)
-    if "@" in destination:
-        raise InputError("The destination is a directory.", got=repr(destination), expected="./path")
-    refs = resolve_pair(source, ar=ar, base_model=base_model, subfolder=subfolder, ar_subfolder=ar_subfolder)
-    components = [one.value for one in half] if half else ["av", "ar"]
-    opened = open_pair(refs, components=components, sidecar=read_contract(sidecar))
-    done = write(opened, place, dtype=dtype.value if dtype else None)
+    with ended_by_sigterm():
+        check_destination(place)
+        refs = resolve_pair(source, ar=ar, base_model=base_model, subfolder=subfolder, ar_subfolder=ar_subfolder)
+        components = list(dict.fromkeys(one.value for one in half)) if half else ["av", "ar"]
+        opened = open_pair(refs, components=components, sidecar=read_contract(sidecar))
+        done = write(opened, place, dtype=dtype.value if dtype else None)
     if as_json:
         output.print_json_lines(
             {"half": c.role, "directory": str(c.directory), "from": c.came_from, "dtype": c.dtype, "merged": c.merged}
@@ -72,4 +82,71 @@ def convert(
         return
     for one in done:
         print(describe(one))
-    output.message(f'Use it: nla-hub explain "..." --nla {pair.spelled(place)}')
+    output.message(f"Use it: {how_to_use(opened, place)}")
+
+
+def named_directory(destination: str) -> Path:
+    """The directory that a user means by DST; raises an InputError where SRC would mean a repository by that name."""
+    if not destination.strip():
+        raise InputError("The destination is a directory.", got=repr(destination), expected="./path")
+    if not destination.startswith(("/", "./", "../", "~")) and re.fullmatch(r"[\w.-]+/[\w.-]+(@.*)?", destination):
+        raise InputError(
+            "The destination is spelled like a repository of the Hub.",
+            got=repr(destination),
+            expected="a directory",
+            next_step=f"write ./{destination}",
+        )
+    return expand(destination)
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """While open, SIGTERM ends the command as an error does: what was begun is cleaned up, the exit code is 143."""
+
+    def end(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    try:
+        before = signal.signal(signal.SIGTERM, end)
+    except ValueError:  # only the main thread hears signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
+def how_to_use(opened: Pair, place: Path) -> str:
+    """What to type to use a converted pair: a command, or a line of Python where no command can do with what there is."""
+    if opened.wanted == {"av", "ar"} and (base := _base_option(opened)) is not None:
+        return f'nla-hub explain "..." --nla {shlex.quote(_spelled(place))}{base}'
+    if opened.wanted == {"av", "ar"}:
+        return f"NLA.from_pretrained({json.dumps(_spelled(place), ensure_ascii=False)})"
+    (role,) = opened.wanted
+    name = json.dumps(_spelled(place / role), ensure_ascii=False)
+    return f'NLA.from_pretrained({name}, components=("{role}",))'
+
+
+def _base_option(opened: Pair) -> str | None:
+    """The option that names the base model, "" where the sidecars do, None where no option can."""
+    from nla_hub.opening import hub_name
+    from nla_hub.zoo import zoo
+
+    base = opened.base
+    said = [hub_name(half.sidecar.base_model) for half in (opened.av, opened.ar) if half is not None]
+    if base is None or base.subfolder:
+        return None
+    if base == next((ref for ref in said if ref is not None), None):
+        return ""
+    if base.kind == "package":  # it has no name of its own: that of a pair stands for the pair's base
+        name = next((e.name for e in zoo().values() if zoo_ref(e.base, e.base_revision) == base), None)
+        return None if name is None else f" --base-model {name}"
+    name = _spelled(Path(base.name)) if base.kind == "directory" else str(base)
+    return f" --base-model {shlex.quote(name)}"
+
+
+def _spelled(directory: Path) -> str:
+    """A directory as an option wants it: with a ./ where it is relative."""
+    text = str(directory)
+    return text if text.startswith(("/", "../")) or text in (".", "..") else f"./{text}"
