@@ -496,6 +496,24 @@ def own_base(world: World, root: Path) -> Built:
     )
 
 
+def wrapper_base(world: World, root: Path) -> Built:
+    """A LoRA whose base is a multimodal wrapper: only its text stack is loaded, the vision tower is left over."""
+    from transformers import Gemma3ForCausalLM
+
+    from nla_hub.testing import random_gemma3_wrapper
+
+    wrapper = random_gemma3_wrapper(world.vocabulary, seed=3)
+    text = Gemma3ForCausalLM(wrapper.config.text_config).eval()
+    text.model.load_state_dict(wrapper.model.language_model.state_dict())
+    text.tie_weights()
+    wrapper.save_pretrained(root / "source")
+    world.tokenizer.save_pretrained(root / "source")
+    av = world.lora(37, base=text)
+    av.save_pretrained(root / "av")
+    write_sidecar(root / "av", world.model_sidecar("av", injection={"kind": "add"}))
+    return Built(root, {"components": ("av",)}, world.av_logits(av, kind="add"), None)
+
+
 # -- what must not load --------------------------------------------------------------------------------------
 
 
@@ -628,6 +646,12 @@ LAYOUTS = (
         own_base,
         '`subfolder=`, and `sidecar={"adapter_stack": [...]}`',
     ),
+    Layout(
+        "wrapper-base",
+        "LoRA on the text stack of a multimodal model (Gemma 3)",
+        "EasyNLA and others",
+        wrapper_base,
+    ),
     Layout("whitened", "`extraction.norm` other than none", "experiments", whitened, refused="extraction.norm"),
     Layout("universal", "one AV for many layers (`variant: universal`)", "experiments", universal, refused="variant"),
     Layout("pickled-head", "`value_head.pt`", "early scripts", pickled_head, refused="no value head"),
@@ -666,8 +690,9 @@ Several folders that fit are listed in the message, and one is chosen by `subfol
 (`--ar-subfolder`). The AR belongs to the AV's own step or stage where a checkpoint holds several.
 
 Whether a LoRA of reinforcement learning acts on top of the supervised one or in its place is not in its files. It is
-measured: an adapter that continues another still has nearly the same A factors, one begun anew has unrelated ones. Where
-that is unclear the load is refused and asks for `adapter_stack`.
+measured: an adapter that continues another still has nearly the same factors, one begun anew has unrelated ones. Where
+that is unclear, and where a complete model may lie under it, the load is refused and asks for `adapter_stack`: the folders that
+act, in their order, the first perhaps a complete model. Where a LoRA lies on another model than the source, `adapter_base` names it.
 
 What a sidecar may say, in which dialect: [sidecar.md](sidecar.md).
 """
