@@ -24,7 +24,7 @@ from nla_hub.hub import HubOptions
 from nla_hub.loading import Pair, ar_prompt
 from nla_hub.log import logger
 from nla_hub.lora import read_ar_meta
-from nla_hub.opening import AR_META_KEY, Half
+from nla_hub.opening import ADAPTER_BASE_KEY, AR_META_KEY, Half
 from nla_hub.pretrained import TORCH_DTYPES, LoadOptions
 from nla_hub.prompts import AVPrompt
 from nla_hub.sidecar import Role, Sidecar
@@ -274,8 +274,8 @@ def _fetched(half: Half, names: list[str]) -> list[Path]:
 
 
 def _canonical(half: Half) -> Sidecar:
-    """The half's sidecar for its new form; what `ar_meta.json` said is kept in it."""
-    extra = dict(half.sidecar.extra)
+    """The half's sidecar for its new form, which lies on nothing; what `ar_meta.json` said is kept in it."""
+    extra = {key: value for key, value in half.sidecar.extra.items() if key != ADAPTER_BASE_KEY}
     if meta := read_ar_meta(half.files.directory, half.files.told):
         extra[AR_META_KEY] = meta
     return half.sidecar.with_(adapter_stack=None, extra=extra)

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from nla_hub.adapters import Adapter, adapter_for
 from nla_hub.errors import RunError, WeightsError
-from nla_hub.sidecar import Sidecar
+from nla_hub.sidecar import SIDECAR_NAME, Sidecar
 from nla_hub.weights import HEAD_NAME, WEIGHTS_NAME, matches, require_finite_weights
 
 
 def save_av(directory: Path, model: Any, tokenizer: Any, sidecar: Sidecar, *, dtype: torch.dtype) -> None:
     """Write an AV in the layout of the released ones: a complete causal LM, tokenizer, sidecar."""
     _save_model(directory, model, tokenizer, dtype)
-    sidecar.write(directory)
+    _write_sidecar(directory, sidecar)
 
 
 def save_ar(
@@ -46,7 +46,7 @@ def save_ar(
     _save_config(directory, model.config, dtype)
     _save_state(directory, dict(head.state_dict()), head_dtype, HEAD_NAME)
     tokenizer.save_pretrained(directory)
-    sidecar.write(directory)
+    _write_sidecar(directory, sidecar)
 
 
 def save_source(directory: Path, model: Any, tokenizer: Any, *, dtype: torch.dtype) -> None:
@@ -109,20 +109,25 @@ def _save_state(directory: Path, state: dict[str, Tensor], dtype: torch.dtype, n
             where=directory / name,
             next_step="check the space left on the disk",
         ) from cause
-    mode = _ordinary_mode(directory)
-    for file in directory.glob(f"{name.removesuffix('.safetensors')}*.safetensors"):
-        file.chmod(mode)
+    _as_ordinary(*directory.glob(f"{name.removesuffix('.safetensors')}*.safetensors"))
 
 
-def _ordinary_mode(directory: Path) -> int:
-    """The permissions that a new file gets there; safetensors writes its own readable for their owner alone (0600).
+def _write_sidecar(directory: Path, sidecar: Sidecar) -> None:
+    sidecar.write(directory)
+    _as_ordinary(directory / SIDECAR_NAME)
 
-    A file is asked, because the umask cannot be read without being changed for all threads.
+
+def _as_ordinary(*files: Path) -> None:
+    """Give files the permissions that any new file gets there; safetensors makes its own readable for their owner alone.
+
+    A new file is asked, because the umask cannot be read without being changed for all threads.
     """
-    probe = directory / f".mode-{os.getpid()}"
+    probe = files[0].parent / f".mode-{os.getpid()}"
     descriptor = os.open(probe, os.O_CREAT | os.O_WRONLY, 0o666)
     try:
-        return os.fstat(descriptor).st_mode & 0o777
+        mode = os.fstat(descriptor).st_mode & 0o777
     finally:
         os.close(descriptor)
         probe.unlink()
+    for file in files:
+        file.chmod(mode)

@@ -331,7 +331,7 @@ def test_doctor_loads_the_packaged_pair() -> None:
 def test_doctor_fails_where_the_core_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = doctor.Finding("core", "torch", "missing", None, "pip install 'nla-hub'")
     monkeypatch.setattr(doctor, "packages", lambda: iter([broken]))
-    monkeypatch.setattr(doctor, "pair", lambda name: iter([]))
+    monkeypatch.setattr(doctor, "pair", lambda name, **parts: iter([]))
     result = runner.invoke(app, ["doctor"])
     assert result.exit_code == 1
     assert "Next: pip install 'nla-hub'" in result.stderr

@@ -692,7 +692,8 @@ Several folders that fit are listed in the message, and one is chosen by `subfol
 Whether a LoRA of reinforcement learning acts on top of the supervised one or in its place is not in its files. It is
 measured: an adapter that continues another still has nearly the same factors, one begun anew has unrelated ones. Where
 that is unclear, and where a complete model may lie under it, the load is refused and asks for `adapter_stack`: the folders that
-act, in their order, the first perhaps a complete model. Where a LoRA lies on another model than the source, `adapter_base` names it.
+act, in their order, the first perhaps a complete model. Where a LoRA lies on another model than the source, `adapter_base`
+names it.
 
 What a sidecar may say, in which dialect: [sidecar.md](sidecar.md).
 """

@@ -120,11 +120,11 @@ def ended_by_sigterm() -> Iterator[None]:
 def how_to_use(opened: Pair, place: Path) -> str:
     """What to type to use a converted pair: a command, or a line of Python where no command can do with what there is."""
     if opened.wanted == {"av", "ar"} and (base := _base_option(opened)) is not None:
-        return f'nla-hub explain "..." --nla {shlex.quote(_spelled(place))}{base}'
+        return f'nla-hub explain "..." --nla {shlex.quote(pair.spelled(place))}{base}'
     if opened.wanted == {"av", "ar"}:
-        return f"NLA.from_pretrained({json.dumps(_spelled(place), ensure_ascii=False)})"
+        return f"NLA.from_pretrained({json.dumps(pair.spelled(place), ensure_ascii=False)})"
     (role,) = opened.wanted
-    name = json.dumps(_spelled(place / role), ensure_ascii=False)
+    name = json.dumps(pair.spelled(place / role), ensure_ascii=False)
     return f'NLA.from_pretrained({name}, components=("{role}",))'
 
 
@@ -142,11 +142,5 @@ def _base_option(opened: Pair) -> str | None:
     if base.kind == "package":  # it has no name of its own: that of a pair stands for the pair's base
         name = next((e.name for e in zoo().values() if zoo_ref(e.base, e.base_revision) == base), None)
         return None if name is None else f" --base-model {name}"
-    name = _spelled(Path(base.name)) if base.kind == "directory" else str(base)
+    name = pair.spelled(Path(base.name)) if base.kind == "directory" else str(base)
     return f" --base-model {shlex.quote(name)}"
-
-
-def _spelled(directory: Path) -> str:
-    """A directory as an option wants it: with a ./ where it is relative."""
-    text = str(directory)
-    return text if text.startswith(("/", "../")) or text in (".", "..") else f"./{text}"

@@ -49,7 +49,7 @@ Memory = Annotated[
 def spelled(directory: Path) -> str:
     """A directory as `--nla` wants it: with a ./ where it is relative."""
     text = str(directory)
-    return text if text.startswith(("/", ".", "~")) else f"./{text}"
+    return text if text.startswith(("/", "../")) or text in (".", "..") else f"./{text}"
 
 
 def load(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Collection
 
 from nla_hub.errors import NLAError
@@ -35,7 +36,7 @@ def for_command(text: str, options: Collection[str]) -> str:
 
     def option(found: re.Match[str]) -> str:
         name = f"--{found['name'].replace('_', '-')}"
-        value = found["value"] or "..."
+        value = found["any"] or _word(found["value"])
         return f"{name} {value}" if name in options else found[0]
 
     if "--sidecar" in options:
@@ -44,6 +45,11 @@ def for_command(text: str, options: Collection[str]) -> str:
     if "--half" in options:
         text = _ONE_HALF.sub(r"--half \1", text)
     return _PYTHON_ONLY.sub("in Python ", text).replace(" to from_pretrained", "")
+
+
+def _word(value: str) -> str:
+    """A value as a shell reads it; the dots of "something" are no value."""
+    return value if value == "..." else shlex.quote(value)
 
 
 def _with_files(text: str) -> str:
