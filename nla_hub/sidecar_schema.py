@@ -300,7 +300,12 @@ What a user says wins, in whatever dialect the file is:
 from nla_hub.sidecar import merge
 
 older = {{"role": "actor", "d_model": 64, "layer": 3, "prompt_templates": {{"actor": "<v>{{injection_char}}</v>"}}}}
-tokens = {{"injection_char": "㊥", "injection_token_id": 9, "injection_left_neighbor_id": 7, "injection_right_neighbor_id": 8}}
+tokens = {{
+    "injection_char": "㊥",
+    "injection_token_id": 9,
+    "injection_left_neighbor_id": 7,
+    "injection_right_neighbor_id": 8,
+}}
 better = merge(older, {{"extraction_layer_index": 2, "injection": {{"kind": "add"}}, "tokens": tokens}})
 assert Sidecar.parse(better).site.layer == 2
 ```
