@@ -71,7 +71,11 @@ def test_pyproject_declares_the_entry_points_that_the_registry_holds() -> None:
     assert [list(declared[r.group]) for r in REGISTRIES] == [list(r.builtin) for r in REGISTRIES]
 
 
-@pytest.mark.parametrize(("kind", "name"), [(r, name) for r in REGISTRIES for name in r.builtin], ids=lambda value: getattr(value, "kind", value))
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(r, name) for r in REGISTRIES for name in r.builtin],
+    ids=lambda value: getattr(value, "kind", value),
+)
 def test_our_own_parts_load_through_the_same_check(kind: registry.Registry[Any], name: str) -> None:
     assert kind.get(name) is kind.get(name)
     assert kind.origin(name) == "nla-hub"
