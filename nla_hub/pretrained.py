@@ -197,8 +197,9 @@ def load_model(
         extra["key_mapping"] = mapping
     if options.quantization_config is not None:
         extra["quantization_config"] = options.quantization_config
-    if options.attn_implementation is not None:
-        extra["attn_implementation"] = options.attn_implementation
+    attention = _attention(config, options, directory)
+    if attention is not None:
+        extra["attn_implementation"] = attention
     streamed = _is_streamed(index, dtype, config, options)
     if streamed:
         extra["state_dict"] = {name: StoredSlice(name, stored) for name, stored in index.tensors.items()}
@@ -246,6 +247,24 @@ def load_model(
     require_finite_weights(model, directory, but=may_miss)
     model.eval().requires_grad_(False)
     return LoadedModel(model, adapter, directory)
+
+
+def _attention(config: Any, options: LoadOptions, directory: Path) -> str | None:
+    """The attention to ask for; None leaves it to transformers.
+
+    A cap on attention scores (Gemma 2) is computed by some implementations only, and transformers 5.17 takes one that
+    leaves it out without a word.
+    """
+    asked = options.attn_implementation
+    if getattr(config, "attn_logit_softcapping", None) is None:
+        return asked
+    if asked == "sdpa":
+        raise WeightsError(
+            "sdpa leaves out the cap on attention scores that this model was trained with (attn_logit_softcapping).",
+            where=directory,
+            next_step='load it with attn_implementation="eager", or leave the choice out',
+        )
+    return asked or "eager"
 
 
 def _is_streamed(index: WeightIndex, dtype: torch.dtype, config: Any, options: LoadOptions) -> bool:

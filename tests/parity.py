@@ -76,7 +76,9 @@ class ReferenceAV:
     def __init__(self, directory: Path) -> None:
         self.meta = yaml.safe_load((directory / "nla_meta.yaml").read_text(encoding="utf-8"))
         self.tokenizer = AutoTokenizer.from_pretrained(directory)
-        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
         char = self.meta["tokens"]["injection_char"]
         content = self.meta["prompt_templates"]["av"].replace("{injection_char}", char)
         bos = self.tokenizer.bos_token or ""
@@ -142,7 +144,7 @@ class ReferenceAR:
         config.num_hidden_layers += 1
         if getattr(config, "layer_types", None):
             config.layer_types = [*config.layer_types, "full_attention"]
-        self.model = AutoModel.from_config(config).eval()
+        self.model = AutoModel.from_config(config, attn_implementation="eager").eval()
         prefix = f"{self.model.base_model_prefix}."
         stored = load_file(directory / "model.safetensors")
         assert all(name.startswith(prefix) for name in stored)
@@ -172,7 +174,9 @@ class ReferenceSource:
 
     def __init__(self, directory: Path) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(directory)
-        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
 
     def ids(self, text: str) -> list[int]:
         bos = self.tokenizer.bos_token_id

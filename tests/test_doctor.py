@@ -122,6 +122,7 @@ def test_sizes_are_known_before_anything_is_downloaded(llama: Case, tmp_path: Pa
 
 
 def test_a_plan_prints_bytes_of_every_stage_and_trains_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("trl", reason="needs the train extra")
     monkeypatch.chdir(tmp_path)
     result = runner.invoke(app, ["train", "tiny", "--plan", "--json"])
     rows = [json.loads(line) for line in result.stdout.splitlines()]

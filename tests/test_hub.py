@@ -106,6 +106,7 @@ def session(llama: Case, tmp_path_factory: pytest.TempPathFactory) -> Session:
     sidecar.write_text(sidecar.read_text("utf-8").replace("injection_scale: 8.0", "injection_scale: -8.0"), "utf-8")
     world = World()
     folders = run_folders(world, root / "runs")
+    world.write_base(root / "lora" / "base")  # also what the sidecars of the folders call their base
     if PEFT:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of transformers about what peft asks it

@@ -121,7 +121,10 @@ def random_model(architecture: str, vocab_size: int, *, seed: int = 0, layers: i
     if "layer_types" in settings:
         settings["layer_types"] = [settings["layer_types"][i % len(settings["layer_types"])] for i in range(layers)]
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings)).eval()
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(model_type, **settings),
+        attn_implementation="eager",  # the one that computes everything, such as Gemma 2's cap on attention scores
+    ).eval()
     _give_opinions(model)
     return model
 
