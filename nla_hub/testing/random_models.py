@@ -121,9 +121,9 @@ def random_model(architecture: str, vocab_size: int, *, seed: int = 0, layers: i
     if "layer_types" in settings:
         settings["layer_types"] = [settings["layer_types"][i % len(settings["layer_types"])] for i in range(layers)]
     torch.manual_seed(seed)
+    capped = "attn_logit_softcapping" in settings  # which transformers 5.17 leaves out of sdpa, its default
     model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(model_type, **settings),
-        attn_implementation="eager",  # the one that computes everything, such as Gemma 2's cap on attention scores
+        AutoConfig.for_model(model_type, **settings), **({"attn_implementation": "eager"} if capped else {})
     ).eval()
     _give_opinions(model)
     return model
