@@ -16,7 +16,8 @@ from nla_hub.adapters import Adapter, adapter_for
 from nla_hub.errors import SidecarError, WeightsError
 from nla_hub.layouts import AR_LORA_NAME, HalfFiles
 from nla_hub.log import logger
-from nla_hub.lora import Lora, Roles, merge, read_lora
+from nla_hub.lora import Lora, read_lora
+from nla_hub.lora_roles import Roles, merge
 from nla_hub.pretrained import TORCH_DTYPES, LoadedModel, LoadOptions, load_causal_lm, load_config, load_model
 from nla_hub.sidecar import Sidecar, Site
 from nla_hub.weights import HEAD_NAME, StoredTensor, WeightIndex, inside, matches, read_header, read_tensor

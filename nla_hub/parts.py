@@ -27,7 +27,7 @@ from nla_hub.loading import (
     verbalizer_of,
 )
 from nla_hub.locate import Ref
-from nla_hub.lora import Roles
+from nla_hub.lora_roles import Roles
 from nla_hub.opening import Half
 from nla_hub.pretrained import LoadOptions, load_causal_lm, load_tokenizer
 from nla_hub.prompts import AVPrompt

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from nla_hub.adapters import adapter_for
 from nla_hub.errors import CheckpointError, WeightsError
-from nla_hub.lora import Roles, merge, read_lora
+from nla_hub.lora import read_lora
+from nla_hub.lora_roles import Roles, merge
 from nla_hub.lora_stages import relation
 from nla_hub.testing import ARCHITECTURES, random_model
 
