@@ -88,7 +88,12 @@ def read_contract(told: Mapping[str, Any] | str | os.PathLike[str] | None) -> di
         raise InputError("sidecar= is a mapping, or the path of a YAML file.", got=type(told).__name__)
     path = Path(told).expanduser()
     if not path.is_file():
-        raise SidecarError("There is no such file.", where=path, expected="a YAML file with the keys of nla_meta.yaml")
+        raise SidecarError(
+            "There is no such file.",
+            where=path,
+            expected="a YAML file with the keys of nla_meta.yaml",
+            next_step="check the path; docs/sidecar.md lists the keys",
+        )
     return yaml_io.read(path, error=SidecarError)
 
 

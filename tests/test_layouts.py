@@ -12,8 +12,7 @@ import torch
 import yaml
 from parity import close, engine_logits
 from safetensors.torch import load_file, save_file
-from transformers import Gemma3ForCausalLM
-from wild import LAYOUTS, TEXTS, Built, Layout, World, page, vectors, write_sidecar
+from wild import LAYOUTS, TEXTS, Built, Layout, World, page, vectors, wrapper_base, write_sidecar
 
 from nla_hub import NLA
 from nla_hub.convert import convert
@@ -22,7 +21,6 @@ from nla_hub.loading import open_pair
 from nla_hub.locate import resolve_pair
 from nla_hub.pretrained import LoadOptions
 from nla_hub.sizing import pair_sizes
-from nla_hub.testing import random_gemma3_wrapper
 
 pytest.importorskip("peft", reason="the independent route of LoRA layouts needs the lora extra (peft)")
 
@@ -131,23 +129,12 @@ def test_without_what_it_needs_a_layout_asks_for_it(layout: Layout, built: Any) 
     assert "Next: " in str(caught.value), str(caught.value)
 
 
-@pytest.mark.parametrize("spelling", ["text model", "wrapper"])
-def test_a_lora_finds_the_text_stack_of_a_multimodal_base(world: World, tmp_path: Path, spelling: str) -> None:
-    wrapper = random_gemma3_wrapper(world.vocabulary, seed=3)
-    text = Gemma3ForCausalLM(wrapper.config.text_config).eval()
-    text.model.load_state_dict(wrapper.model.language_model.state_dict())
-    text.tie_weights()
-    wrapper.save_pretrained(tmp_path / "source")
-    world.tokenizer.save_pretrained(tmp_path / "source")
-    av = world.lora(40, base=text)
-    av.save_pretrained(tmp_path / "av")
-    if spelling == "wrapper":
-        path = tmp_path / "av" / "adapter_model.safetensors"
-        state = {n.replace(".model.layers.", ".model.language_model.layers."): v for n, v in load_file(path).items()}
-        save_file(state, path, metadata={"format": "pt"})
-    write_sidecar(tmp_path / "av", world.model_sidecar("av", injection={"kind": "add"}))
-    nla = NLA.from_pretrained(tmp_path, components=("av",))
-    close(engine_logits(nla.av.engine, vectors()), world.av_logits(av, kind="add"))
+def test_a_lora_that_names_the_wrappers_modules_finds_its_text_stack_too(world: World, tmp_path: Path) -> None:
+    found = wrapper_base(world, tmp_path)
+    path = tmp_path / "av" / "adapter_model.safetensors"
+    state = {n.replace(".model.layers.", ".model.language_model.layers."): v for n, v in load_file(path).items()}
+    save_file(state, path, metadata={"format": "pt"})
+    check(NLA.from_pretrained(found.name, **found.options), found)
 
 
 def test_the_page_is_fresh() -> None:
