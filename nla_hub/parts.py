@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, get_args
 
-import torch
 from torch import Tensor, nn
 
+from nla_hub.accelerator import free_memory
 from nla_hub.adapters import Adapter
 from nla_hub.checkpoints import head_input_scale, load_head, read_loras, require_blocks
 from nla_hub.engines.base import Completion, Engine
@@ -90,13 +89,6 @@ class Parts:
         for name in [name for name in self._here if name in self._loaders]:
             del self._here[name]
         free_memory()
-
-
-def free_memory() -> None:
-    """Give what is no longer referred to back to the system and the accelerator."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def build(pair: Pair, *, engine: str, memory: Memory, load_options: LoadOptions) -> tuple[Parts, Mode]:

@@ -36,7 +36,8 @@ class SharedPrefix:
         cache = DynamicCache()  # without a config: no block forgets what lies before its window
         tokens = torch.tensor([list(ids)], device=device)
         model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return cls([(layer.keys, layer.values) for layer in cache.layers])
+        layers: list[Any] = list(cache.layers)
+        return cls([(layer.keys, layer.values) for layer in layers])
 
     def __len__(self) -> int:
         return int(self.blocks[0][0].shape[2])
@@ -148,11 +149,11 @@ def attend(
     kv_heads, tail = key.shape[1], key.shape[2]
     group = heads // kv_heads
     scale = width**-0.5 if scaling is None else scaling
-    grouped = (query * scale).view(rows, kv_heads, group * new, width)
+    grouped = (query * scale).reshape(rows, kv_heads, group * new, width)
     folded = grouped.transpose(0, 1).reshape(kv_heads, rows * group * new, width)
     beginning = folded @ prefix_key[0].transpose(1, 2)  # [kv heads, rows * group * new, prefix]
-    beginning = beginning.view(kv_heads, rows, group * new, -1).transpose(0, 1)
-    own = (grouped @ key.transpose(2, 3)).view(rows, kv_heads, group, new, tail)
+    beginning = beginning.reshape(kv_heads, rows, group * new, -1).transpose(0, 1)
+    own = (grouped @ key.transpose(2, 3)).reshape(rows, kv_heads, group, new, tail)
     if new > 1:
         seen = torch.arange(tail, device=key.device) <= torch.arange(tail - new, tail, device=key.device)[:, None]
         hidden = ~seen

@@ -1,24 +1,30 @@
-"""The plain engine: transformers' own model code, one batch at a time, a KV cache, our own draws.
+"""transformers' own model code, one batch at a time, our own draws.
 
-All rows share one prompt of one length, so nothing is padded. The vector enters through the injection hook during the
-prompt pass; afterwards only new tokens are run.
+All rows share one prompt of one length, so nothing is padded. What stands before the marker is computed once and attended by
+all rows together (`shared_prefix.py`), where the architecture allows it; else each row has the whole prompt in an ordinary
+cache. The vector enters through the injection hook during the prompt pass; afterwards only new tokens are run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from nla_hub.accelerator import free_memory
 from nla_hub.engines.base import Completion, Finish, LoadedAV, probe_vectors, require_kind, require_sensitive
+from nla_hub.engines.shared_prefix import SharedPrefix, TailCache, can_share, shared_attention
 from nla_hub.errors import ContextLengthError
+from nla_hub.log import logger
 from nla_hub.prompts import CLOSING_TAG
 from nla_hub.sampling import choose
 from nla_hub.source_text import context_length
+
+Cache = DynamicCache | TailCache
 
 
 class TransformersEngine:
@@ -66,29 +72,73 @@ class TransformersEngine:
             )
         done: list[Completion] = []
         with torch.inference_mode():
-            for begin in range(0, len(vectors), batch_size):
-                rows = slice(begin, begin + batch_size)
+            shared = self._shared(max_new_tokens)
+            while len(done) < len(vectors):
+                rows = slice(len(done), len(done) + batch_size)
                 part = None if draws is None else draws[rows]
-                batch = self._batch(vectors[rows], part, temperature, max_new_tokens)
-                done.extend(batch)
-                if progress is not None:
-                    progress(len(batch))
+                try:
+                    batch = self._batch(vectors[rows], part, temperature, max_new_tokens, shared)
+                except torch.OutOfMemoryError:
+                    if batch_size == 1:
+                        raise
+                    batch_size //= 2
+                else:
+                    done.extend(batch)
+                    if progress is not None:
+                        progress(len(batch))
+                    continue
+                # Outside of the handler, where nothing holds on to the failed batch any more.
+                free_memory()
+                logger.warning("out of memory: going on with %d rows at a time", batch_size)
         return done
 
-    def _prompt_pass(self, vectors: Tensor) -> tuple[Tensor, DynamicCache]:
-        """Logits after the prompt [rows, vocabulary] and the filled cache."""
+    def _shared(self, max_new_tokens: int) -> SharedPrefix | None:
+        """What all rows have in common, computed now from the present weights; None where the plain path must be taken.
+
+        Computed for each call, so that weights that changed since (reinforcement learning) are never answered from before.
+        """
         prompt = self.av.prompt
-        ids = torch.tensor(prompt.ids, device=self.device).expand(len(vectors), -1)
-        columns = torch.full((len(vectors),), prompt.marker_position, device=self.device)
-        cache = DynamicCache(config=self.model.config)
+        if not can_share(self.model, prompt.marker_position, len(prompt) + max_new_tokens):
+            return None
+        return SharedPrefix.of(self.model, prompt.ids[: prompt.marker_position], self.device)
+
+    def _prompt_pass(self, vectors: Tensor, room: int = 1, shared: SharedPrefix | None = None) -> tuple[Tensor, Cache]:
+        """Logits after the prompt [rows, vocabulary], and the cache with room for answers of `room` tokens."""
+        shared = shared or self._shared(room)
+        prompt = self.av.prompt
+        begin = 0 if shared is None else len(shared)
+        ids = torch.tensor(prompt.ids[begin:], device=self.device).expand(len(vectors), -1)
+        columns = torch.full((len(vectors),), prompt.marker_position - begin, device=self.device)
+        cache: Cache = (
+            DynamicCache(config=self.model.config)
+            if shared is None
+            else TailCache(shared, capacity=len(prompt) - begin + room)
+        )
         with self.av.injector.inject(self.model, vectors, columns):
-            out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return out.logits[:, -1], cache
+            return self._forward(ids, cache), cache
+
+    def _forward(self, ids: Tensor, cache: Cache) -> Tensor:
+        """Logits after the last of `ids` [rows, new]: [rows, vocabulary]."""
+        settings: dict[str, Any] = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+        if isinstance(cache, TailCache):
+            begin = cache.get_seq_length()
+            settings["position_ids"] = torch.arange(begin, begin + ids.shape[1], device=ids.device)[None]
+            with shared_attention(self.model, cache):
+                out = self.model(input_ids=ids, **settings)
+        else:
+            out = self.model(input_ids=ids, **settings)
+        logits: Tensor = out.logits[:, -1]
+        return logits
 
     def _batch(
-        self, vectors: Tensor, draws: Tensor | None, temperature: float, max_new_tokens: int
+        self,
+        vectors: Tensor,
+        draws: Tensor | None,
+        temperature: float,
+        max_new_tokens: int,
+        shared: SharedPrefix | None,
     ) -> list[Completion]:
-        logits, cache = self._prompt_pass(vectors)
+        logits, cache = self._first(vectors, shared, max_new_tokens)
         rows = list(range(len(vectors)))  # which caller's row each row of the running batch is
         ids: list[list[int]] = [[] for _ in rows]
         logprobs: list[list[Tensor]] = [[] for _ in rows]
@@ -113,11 +163,23 @@ class TransformersEngine:
                 cache.batch_select_indices(keep)
                 tokens = tokens[keep]
                 rows = [rows[i] for i in running]
-            logits = self.model(input_ids=tokens[:, None], past_key_values=cache, use_cache=True).logits[:, -1]
+            logits = self._forward(tokens[:, None], cache)
         return [
             Completion(tuple(i), self._decode(i), f, torch.stack(p))
             for i, f, p in zip(ids, finish, logprobs, strict=True)
         ]
+
+    def _first(self, vectors: Tensor, shared: SharedPrefix | None, max_new_tokens: int) -> tuple[Tensor, Cache]:
+        """The prompt pass of a batch; samples of one vector share theirs."""
+        first: dict[bytes, int] = {}
+        places = [first.setdefault(row.numpy().tobytes(), len(first)) for row in vectors.cpu()]
+        if len(first) == len(vectors):
+            return self._prompt_pass(vectors, max_new_tokens, shared)
+        once = [places.index(i) for i in range(len(first))]
+        logits, cache = self._prompt_pass(vectors[once], max_new_tokens, shared)
+        spread = torch.tensor(places, device=logits.device)
+        cache.batch_select_indices(spread)
+        return logits[spread], cache
 
     def _decode(self, ids: list[int]) -> str:
         return str(self.av.tokenizer.decode(ids, skip_special_tokens=True))
