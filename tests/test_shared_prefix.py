@@ -1,0 +1,165 @@
+"""The beginning of a prompt, computed once for all rows: the same text as the plain path, and never from old weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import Case, Spec
+from parity import check_generation, close
+
+from nla_hub import NLA
+from nla_hub.engines import shared_prefix
+from nla_hub.engines import transformers as engine_module
+from nla_hub.engines.shared_prefix import SharedPrefix, TailCache, can_share
+from nla_hub.testing import D_MODEL
+
+STEPS = 12
+
+
+def rows(n: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(n, D_MODEL, generator=torch.Generator().manual_seed(seed))
+
+
+def uniforms(n: int) -> torch.Tensor:
+    return torch.rand(n, STEPS, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def texts(engine: Any, vectors: torch.Tensor, batch_size: int, draws: torch.Tensor | None = None) -> list[str]:
+    found = engine.generate(vectors, draws, temperature=0.9, max_new_tokens=STEPS, batch_size=batch_size)
+    return [completion.text for completion in found]
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Takes the plain path from here on."""
+    return lambda: monkeypatch.setattr(engine_module, "can_share", lambda *_: False)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_text_equals_the_plain_path(speaker: Case, plain: Any, batch_size: int) -> None:
+    engine, vectors, draws = speaker.nla.av.engine, rows(9), uniforms(9)
+    fast = texts(engine, vectors, batch_size), texts(engine, vectors, batch_size, draws)
+    plain()
+    assert (texts(engine, vectors, 3), texts(engine, vectors, 3, draws)) == fast
+
+
+def test_families_share_what_stands_before_the_marker_where_their_windows_allow(architecture: Case) -> None:
+    engine: Any = architecture.nla.av.engine
+    prompt, config = engine.av.prompt, engine.model.config
+    slides = "sliding_attention" in (getattr(config, "layer_types", None) or []) or config.model_type == "mistral"
+    shared = engine._shared(1)
+    if slides and config.sliding_window < len(prompt) + 1:
+        assert shared is None
+    else:
+        assert len(shared) == prompt.marker_position
+    assert not can_share(engine.model, shared_prefix.SHORTEST - 1, 10)
+
+
+def test_a_window_that_is_too_short_takes_the_plain_path(make_case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_case(Spec("gemma3")).nla.av.engine
+    monkeypatch.setattr(SharedPrefix, "of", lambda *_: pytest.fail("it was shared"))
+    assert engine.model.config.sliding_window == 32
+    texts(engine, rows(2), 2)
+
+
+def test_changed_weights_are_never_answered_from_before(copied: Any, plain: Any) -> None:
+    engine: Any = NLA.from_pretrained(copied.root, components=("av",)).av.engine
+    vectors = rows(4)
+    before = texts(engine, vectors, 4)
+    block = engine.model.model.layers[0]
+    with torch.no_grad():
+        block.self_attn.k_proj.weight.add_(0.3)
+        block.mlp.down_proj.weight.mul_(-1.5)
+    after = texts(engine, vectors, 4)
+    assert after != before
+    plain()
+    assert texts(engine, vectors, 4) == after
+
+
+def test_a_stale_beginning_would_be_seen(llama: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sabotage: keys and values of other weights make the independent check fail."""
+    engine: Any = llama.nla.av.engine
+    stale = SharedPrefix([(keys + 0.5, values * 1.5) for keys, values in engine._shared(20).blocks])
+    monkeypatch.setattr(type(engine), "_shared", lambda self, room: stale)
+    with pytest.raises(AssertionError):
+        check_generation(llama, rows(5))
+
+
+def test_samples_of_one_vector_share_their_prompt_pass(llama: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine: Any = llama.nla.av.engine
+    seen: list[int] = []
+    first = type(engine)._prompt_pass
+
+    def counted(self: Any, vectors: torch.Tensor, *others: Any) -> Any:
+        seen.append(len(vectors))
+        return first(self, vectors, *others)
+
+    monkeypatch.setattr(type(engine), "_prompt_pass", counted)
+    vectors, draws = rows(3).repeat_interleave(4, dim=0), uniforms(12)
+    together = texts(engine, vectors, 12, draws)
+    assert seen == [3]
+    assert together == [text for i in range(12) for text in texts(engine, vectors[i : i + 1], 1, draws[i : i + 1])]
+
+
+def test_out_of_memory_halves_the_batch_and_goes_on(
+    llama: Case, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine: Any = llama.nla.av.engine
+    vectors = rows(10)
+    expected = texts(engine, vectors, 10)
+    batch = type(engine)._batch
+
+    def scarce(self: Any, part: torch.Tensor, *others: Any) -> Any:
+        if len(part) > 3:
+            raise torch.OutOfMemoryError("not enough")
+        return batch(self, part, *others)
+
+    monkeypatch.setattr(type(engine), "_batch", scarce)
+    with caplog.at_level("WARNING", logger="nla_hub"):
+        assert texts(engine, vectors, 10) == expected
+    assert "out of memory: going on with 5 rows" in caplog.text
+    assert "going on with 2 rows" in caplog.text
+    monkeypatch.setattr(type(engine), "_batch", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none")))
+    with pytest.raises(torch.OutOfMemoryError):
+        texts(engine, vectors, 4)
+
+
+def test_the_attention_is_put_back_also_after_an_error(llama: Case) -> None:
+    engine: Any = llama.nla.av.engine
+    before = engine.model.config._attn_implementation
+    cache = TailCache(engine._shared(1), capacity=4)
+    with pytest.raises(ZeroDivisionError), shared_prefix.shared_attention(engine.model, cache):
+        assert engine.model.config._attn_implementation == shared_prefix.ATTENTION
+        raise ZeroDivisionError
+    assert engine.model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("group", [1, 2, 4])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("new", [1, 3])
+def test_the_attention_is_that_of_the_formula(group: int, softcap: float | None, new: int) -> None:
+    torch.manual_seed(0)
+    kv, width, before, tail, n = 2, 8, 5, 4, 3
+    query = torch.randn(n, kv * group, new, width)
+    prefix = [torch.randn(1, kv, before, width) for _ in range(2)]
+    key, value = (torch.randn(n, kv, tail, width) for _ in range(2))
+    cache = TailCache(SharedPrefix([(prefix[0], prefix[1])]), capacity=tail)
+    module = torch.nn.Module()
+    module.layer_idx = 0  # type: ignore[assignment]
+    token = shared_prefix._RUNNING.set(cache)
+    try:
+        found, _ = shared_prefix.attend(module, query, key, value, scaling=0.3, softcap=softcap)
+    finally:
+        shared_prefix._RUNNING.reset(token)
+    for row in range(n):
+        for head in range(kv * group):
+            keys = torch.cat([prefix[0][0, head // group], key[row, head // group]])
+            values = torch.cat([prefix[1][0, head // group], value[row, head // group]])
+            for i in range(new):
+                scores = 0.3 * keys @ query[row, head, i]
+                scores = softcap * torch.tanh(scores / softcap) if softcap is not None else scores
+                scores[before + tail - new + i + 1 :] = float("-inf")
+                close(found[row, i, head], scores.softmax(0) @ values)
