@@ -145,10 +145,10 @@ def resolve_pair(
     by `NLA.from_pretrained`.
     """
     subfolder, ar_subfolder = _folder(subfolder), _folder(ar_subfolder)
-    explicit_ar = _part(ar, "ar")
+    explicit_ar = named_part(ar, "ar")
     if explicit_ar is not None and ar_subfolder:
         explicit_ar = replace(explicit_ar, subfolder=ar_subfolder)
-    explicit_base = _part(base_model, "base")
+    explicit_base = named_part(base_model, "base")
     ref = parse_name(name, revision=revision)
     if ref.kind == "zoo":
         entry = _entry(ref)
@@ -206,7 +206,7 @@ def _entry(ref: Ref) -> ZooEntry:
     return entry(ref.name, hint=f"For the directory of that name write ./{ref.name}" if there else None)
 
 
-def _part(name: str | os.PathLike[str] | None, half: Literal["ar", "base"]) -> Ref | None:
+def named_part(name: str | os.PathLike[str] | None, half: Literal["ar", "base"]) -> Ref | None:
     """An AR or a base model that the caller named; the name of a pair stands for that pair's part."""
     if name is None:
         return None

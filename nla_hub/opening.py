@@ -17,7 +17,7 @@ from nla_hub.adapters import Adapter, adapter_for
 from nla_hub.errors import CheckpointError, InputError, SidecarError
 from nla_hub.layouts import HalfFiles, Place
 from nla_hub.library import Checkpoint, Library, Under
-from nla_hub.locate import Ref, parse_name
+from nla_hub.locate import Ref, named_part, parse_name
 from nla_hub.log import logger
 from nla_hub.lora_stages import stacked
 from nla_hub.pretrained import LoadOptions, has_tokenizer, load_config, load_tokenizer
@@ -287,7 +287,7 @@ def _under(
         if first is not None and first.form == "model":
             return Under(checkpoint, first.folder)
     if isinstance(own := _mapping(told).get(ADAPTER_BASE_KEY), str):
-        found: Ref | None = parse_name(own)
+        found = named_part(own, "base")
     else:
         found = hub_name(raw.get(ADAPTER_BASE_KEY)) or base
     spelled = [raw.get("base_checkpoint"), raw.get("base_model"), _mapping(raw.get("extraction")).get("base_model")]

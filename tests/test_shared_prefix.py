@@ -131,9 +131,14 @@ def test_the_attention_is_put_back_also_after_an_error(llama: Case) -> None:
     engine: Any = llama.nla.av.engine
     before = engine.model.config._attn_implementation
     cache = TailCache(engine._shared(1), capacity=4)
-    with pytest.raises(ZeroDivisionError), shared_prefix.shared_attention(engine.model, cache):
-        assert engine.model.config._attn_implementation == shared_prefix.ATTENTION
-        raise ZeroDivisionError
+
+    def fail() -> None:
+        with shared_prefix.shared_attention(engine.model, cache):
+            assert engine.model.config._attn_implementation == shared_prefix.ATTENTION
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert engine.model.config._attn_implementation == before
 
 
