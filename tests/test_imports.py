@@ -15,7 +15,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("yaml_io", "resources", "schema", "sampling", "registry", "shapes", "hub", "batching", "source_text"),
     ("sidecar_dialects", "sidecar", "sidecar_reading", "sidecar_schema", "geometry"),
     ("prompts", "flags", "adapters", "architecture", "locate", "zoo"),
-    ("injection", "weights", "layouts", "library", "lora", "lora_roles", "lora_stages"),
+    ("injection", "shared_prefix", "weights", "layouts", "library", "lora", "lora_roles", "lora_stages"),
     ("pretrained", "checkpoints", "export", "results", "memory"),
     ("engines", "capture", "reconstructor", "steering", "scoring"),
     ("verbalizer",),

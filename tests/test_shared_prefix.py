@@ -11,9 +11,9 @@ from conftest import Case, Spec
 from parity import check_generation, close
 
 from nla_hub import NLA
-from nla_hub.engines import shared_prefix
+from nla_hub import shared_prefix
 from nla_hub.engines import transformers as engine_module
-from nla_hub.engines.shared_prefix import SharedPrefix, TailCache, can_share
+from nla_hub.shared_prefix import SharedPrefix, TailCache, can_share
 from nla_hub.testing import D_MODEL
 
 STEPS = 12

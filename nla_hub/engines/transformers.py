@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 from nla_hub.accelerator import free_memory
 from nla_hub.engines.base import Completion, Finish, LoadedAV, probe_vectors, require_kind, require_sensitive
-from nla_hub.engines.shared_prefix import SharedPrefix, TailCache, can_share, shared_attention
+from nla_hub.shared_prefix import SharedPrefix, TailCache, can_share, shared_attention
 from nla_hub.errors import ContextLengthError
 from nla_hub.log import logger
 from nla_hub.prompts import CLOSING_TAG
