@@ -7,13 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from nla_hub import hub, registry
+from nla_hub import hub
 from nla_hub.adapters import adapter_for
+from nla_hub.architecture import tied
 from nla_hub.checkpoints import head_input_scale, load_ar, load_av
-from nla_hub.engines.base import Engine, LoadedAV
+from nla_hub.engines.base import LoadedAV, StoredAV
+from nla_hub.engines.choice import EngineChoice
 from nla_hub.errors import CheckpointError, HubNotFoundError, InputError, SidecarError
+from nla_hub.export import save_av
 from nla_hub.hub import HubOptions
 from nla_hub.injection import Injector
 from nla_hub.layouts import places
@@ -21,12 +25,22 @@ from nla_hub.library import Checkpoint, Library, Under
 from nla_hub.locate import PairRefs, Ref
 from nla_hub.log import logger
 from nla_hub.opening import Half, hub_name, open_half
-from nla_hub.pretrained import LoadedModel, LoadOptions, load_causal_lm, load_config, load_tokenizer, load_trunk
+from nla_hub.pretrained import (
+    LoadedModel,
+    LoadOptions,
+    has_tokenizer,
+    load_causal_lm,
+    load_config,
+    load_tokenizer,
+    load_trunk,
+    verify_causal_lm,
+)
 from nla_hub.prompts import ARPrompt, AVPrompt
 from nla_hub.reconstructor import ARModel, Reconstructor
 from nla_hub.sidecar import Sidecar
 from nla_hub.source_text import context_length
 from nla_hub.verbalizer import Verbalizer
+from nla_hub.weights import WeightIndex, matches
 
 
 def check_components(components: Sequence[str]) -> set[str]:
@@ -75,7 +89,7 @@ def open_pair(
     sidecar: Mapping[str, Any] | None = None,
     hub_options: HubOptions | None = None,
     load_options: LoadOptions | None = None,
-    weights: bool = True,
+    weights: bool | Sequence[str] = True,
 ) -> Pair:
     """Open the halves of a pair and hold them against each other.
 
@@ -83,7 +97,8 @@ def open_pair(
         refs: from `locate.resolve_pair`.
         components: the halves whose weights are wanted.
         sidecar: what the user says about the contract of both halves.
-        weights: False leaves weights on the Hub: sidecars, configurations and tokenizers alone are downloaded.
+        weights: False leaves weights on the Hub: sidecars, configurations and tokenizers alone are downloaded. Roles: of
+            the wanted halves, those whose weights are downloaded.
 
     Raises:
         CheckpointError and its children, HubError and its children.
@@ -121,9 +136,9 @@ def open_pair(
     if base is None:
         names = [half.sidecar.base_model for half in (av, ar) if half is not None]
         base = next((ref for name in names if (ref := hub_name(name))), None) or _under(av, ar)
-    if weights:
-        av = av.with_weights() if av is not None and "av" in wanted else av
-        ar = ar.with_weights() if ar is not None else None
+    fetched = wanted & ({"av", "ar"} if weights is True else set(weights or ()))
+    av = av.with_weights() if av is not None and "av" in fetched else av
+    ar = ar.with_weights() if ar is not None and "ar" in fetched else ar
     return Pair(refs.name, av, ar, base, frozenset(wanted), library)
 
 
@@ -191,21 +206,59 @@ def _in_the_case_of(word: str, found: re.Match[str]) -> str:
     return word.upper() if there.isupper() else word.capitalize() if there[0].isupper() else word
 
 
-def load_verbalizer(half: Half, engine: str, options: LoadOptions, *, name: str) -> Verbalizer:
+def load_verbalizer(half: Half, engine: EngineChoice, options: LoadOptions, *, name: str) -> Verbalizer:
     """The AV on its engine, verified and probed; `name` is what its explanations call it."""
-    prompt = AVPrompt.build(half.tokenizer, half.sidecar)
-    return verbalizer_of(half, load_av(half.files, options), prompt, engine, name=name)
+    if engine.reads == "model":
+        return verbalizer_of(half, load_av(half.files, options), engine, name=name)
+    return _verbalizer(half, stored_av(half, options, weights=engine.reads == "files"), engine, name)
 
 
-def verbalizer_of(half: Half, loaded: LoadedModel, prompt: AVPrompt, engine: str, *, name: str) -> Verbalizer:
+def verbalizer_of(half: Half, loaded: LoadedModel, engine: EngineChoice, *, name: str) -> Verbalizer:
     """A loaded AV on its engine, probed."""
-    assert half.sidecar.marker is not None
-    injector = Injector(loaded.adapter, half.sidecar.injection, half.sidecar.marker)
-    engine_type = registry.engines.get("transformers" if engine == "auto" else engine)
-    built: Engine = engine_type(LoadedAV(loaded, half.tokenizer, prompt, injector))
-    built.probe()
+    prompt = AVPrompt.build(half.tokenizer, half.sidecar)
+    return _verbalizer(half, LoadedAV(loaded, half.tokenizer, prompt, _injector(half)), engine, name)
+
+
+def _verbalizer(half: Half, av: LoadedAV | StoredAV, engine: EngineChoice, name: str) -> Verbalizer:
+    built = engine.build(av)
     logger.debug("%s: AV on engine %s", half.files.directory, built.name)
     return Verbalizer(built, half.sidecar, name, half.checkpoint.commit)
+
+
+def _injector(half: Half) -> Injector:
+    assert half.sidecar.marker is not None
+    return Injector(half.adapter, half.sidecar.injection, half.sidecar.marker)
+
+
+def stored_av(half: Half, options: LoadOptions, *, weights: bool) -> StoredAV:
+    """An AV as files that anybody can read: its own folder where that is a complete text model with a tokenizer, else one that
+    is written for the occasion (a LoRA merged, a text model taken out of its wrapper).
+
+    Raises:
+        CheckpointError, WeightsError: see `checkpoints.load_av`; with `weights`, everything is verified as when it is loaded.
+    """
+    config = half.config.get_text_config()
+    known = (half.tokenizer, AVPrompt.build(half.tokenizer, half.sidecar), _injector(half), options.torch_dtype())
+    directory = half.files.directory
+    if not weights:
+        return StoredAV(half.files.model_directory, config, *known)
+    if half.files.form == "model" and config is half.config and has_tokenizer(directory) and plain_head(half):
+        verify_causal_lm(directory, options)
+        return StoredAV(directory, config, *known)
+    scratch = TemporaryDirectory(prefix="nla-hub-av-")
+    try:
+        on_cpu = replace(options, device_map={"": "cpu"})
+        save_av(Path(scratch.name), load_av(half.files, on_cpu).model, half.tokenizer, half.sidecar, dtype=known[-1])
+    except BaseException:
+        scratch.cleanup()
+        raise
+    return StoredAV(Path(scratch.name), config, *known, scratch)
+
+
+def plain_head(half: Half) -> bool:
+    """Whether an AV's files hold no lm_head that its config denies: transformers loads such a head, others do not."""
+    names = WeightIndex.read(half.files.directory).tensors
+    return not (tied(half.config) and any(matches(name, half.adapter.lm_head_weights) for name in names))
 
 
 def load_reconstructor(half: Half, options: LoadOptions) -> Reconstructor:

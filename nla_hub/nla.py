@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nla_hub.capture import Activations, Positions, capture, select_positions
+from nla_hub.engines.choice import EngineChoice
 from nla_hub.errors import InputError, PositionError
 from nla_hub.flags import row_flags
 from nla_hub.geometry import Reference, as_vectors
@@ -88,6 +89,7 @@ class NLA:
         base_model: str | os.PathLike[str] | None = None,
         components: Sequence[Component] = ("av", "ar"),
         engine: EngineName = "auto",
+        engine_options: Mapping[str, Any] | None = None,
         revision: str | None = None,
         subfolder: str = "",
         ar_subfolder: str = "",
@@ -111,7 +113,8 @@ class NLA:
                 Path) of the AV or of a folder with `av/`, `ar/` and perhaps `source/`.
             ar, base_model: the other parts, where they are not found by the sidecar, the name or the layout.
             components: which halves to load; the weights of the other are never opened.
-            engine: "auto" or a registered engine.
+            engine: "auto", "transformers", or another registered engine (docs/engines.md).
+            engine_options: what that engine can be told, as its constructor's keywords.
             revision: of the AV. token, cache_dir, local_files_only, force_download: as in transformers.
             subfolder, ar_subfolder: folders of the AV and the AR, in a checkpoint that holds several.
             sidecar: what is known about the contract besides `nla_meta.yaml`, or instead of one: its keys as a mapping, or a
@@ -132,6 +135,8 @@ class NLA:
             raise TypeError(f"from_pretrained() got unexpected keywords: {', '.join(sorted(deprecated))}")
         hub_options = HubOptions(token, cache_dir, local_files_only, force_download)
         options = LoadOptions(dtype, device_map, quantization_config, attn_implementation, trust_remote_code)
+        choice = EngineChoice(engine, engine_options or {})
+        choice.check()
         pair = open_pair(
             resolve_pair(
                 name, ar=ar, base_model=base_model, revision=revision, subfolder=subfolder, ar_subfolder=ar_subfolder
@@ -140,8 +145,9 @@ class NLA:
             sidecar=read_contract(sidecar),
             hub_options=hub_options,
             load_options=options,
+            weights=("ar",) if choice.reads == "contract" else True,
         )
-        parts, mode = build(pair, engine=engine, memory=memory, load_options=options)
+        parts, mode = build(pair, engine=choice, memory=memory, load_options=options)
         nla = cls.__new__(cls)
         nla._settle(pair.name, parts, pair.sidecar, pair.ar.sidecar if pair.ar is not None else None, pair.base, mode)
         if quantization_config is not None and pair.wanted == {"av", "ar"}:
@@ -185,6 +191,19 @@ class NLA:
         if name not in self._parts:
             raise InputError(f"The {name.upper()} was not loaded.", next_step='load with components=("av", "ar")')
         return self._parts.get(name)
+
+    def close(self) -> None:
+        """Stop what the engine runs beside this process, and free the parts; `with NLA.from_pretrained(...) as nla:` does it.
+
+        Nothing needs to be closed where the engine is "transformers".
+        """
+        self._parts.close()
+
+    def __enter__(self) -> NLA:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def __repr__(self) -> str:
         halves = "+".join(name for name in ("av", "ar") if name in self._parts)

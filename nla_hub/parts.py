@@ -13,6 +13,7 @@ from nla_hub.accelerator import free_memory
 from nla_hub.adapters import Adapter
 from nla_hub.checkpoints import head_input_scale, load_head, read_loras, require_blocks
 from nla_hub.engines.base import Completion, Engine
+from nla_hub.engines.choice import EngineChoice
 from nla_hub.errors import CheckpointError, InputError, NLAError
 from nla_hub.library import Library
 from nla_hub.loading import (
@@ -87,11 +88,23 @@ class Parts:
     def release(self) -> None:
         """Free every part that could be loaded again."""
         for name in [name for name in self._here if name in self._loaders]:
-            del self._here[name]
+            _close(self._here.pop(name))
+        free_memory()
+
+    def close(self) -> None:
+        """Stop what parts run beside their weights (processes, threads, connections), and free every part."""
+        for part in self._here.values():
+            _close(part)
+        self._here.clear()
         free_memory()
 
 
-def build(pair: Pair, *, engine: str, memory: Memory, load_options: LoadOptions) -> tuple[Parts, Mode]:
+def _close(part: Any) -> None:
+    if isinstance(part, Verbalizer):
+        part.engine.close()
+
+
+def build(pair: Pair, *, engine: EngineChoice, memory: Memory, load_options: LoadOptions) -> tuple[Parts, Mode]:
     """The parts of an opened pair, and the mode that was taken. Under "resident" and "shared" the halves are loaded now.
 
     Raises:
@@ -120,7 +133,7 @@ def _choose(pair: Pair, options: LoadOptions) -> Mode:
         return "resident"
 
 
-def _separate(pair: Pair, engine: str, options: LoadOptions, *, staged: bool) -> Parts:
+def _separate(pair: Pair, engine: EngineChoice, options: LoadOptions, *, staged: bool) -> Parts:
     loaders: dict[PartName, Callable[[], Any]] = {}
     av, ar = pair.av, pair.ar
     if "av" in pair.wanted and av is not None:
@@ -154,7 +167,12 @@ def _av_name(pair: Pair) -> str:
 # -- one base, several roles -----------------------------------------------------------------------------------
 
 
-def _shared(pair: Pair, engine: str, options: LoadOptions) -> Parts:
+def _shared(pair: Pair, engine: EngineChoice, options: LoadOptions) -> Parts:
+    if engine.reads != "model":
+        raise InputError(
+            f"The engine {engine.name!r} keeps weights of its own, so nothing can be shared with it.",
+            next_step='use memory="resident" or "staged", or engine="transformers"',
+        )
     halves: dict[Role, Half] = {
         half.role: half for half in (pair.av, pair.ar) if half is not None and half.role in pair.wanted
     }
@@ -183,9 +201,8 @@ def _shared(pair: Pair, engine: str, options: LoadOptions) -> Parts:
     av, ar = halves.get("av"), halves.get("ar")
     if av is not None:
         roles.add("av", read_loras(av.files, loaded.adapter))
-        prompt = AVPrompt.build(av.tokenizer, av.sidecar)
         with roles.playing("av"):
-            verbalizer = verbalizer_of(av, loaded, prompt, engine, name=_av_name(pair))
+            verbalizer = verbalizer_of(av, loaded, engine, name=_av_name(pair))
         ready["av"] = Verbalizer(
             _RoleEngine(verbalizer.engine, roles), verbalizer.sidecar, verbalizer.name, verbalizer.revision
         )

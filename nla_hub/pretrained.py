@@ -11,7 +11,7 @@ import copy
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +156,16 @@ def load_causal_lm(directory: Path, options: LoadOptions) -> LoadedModel:
     mapping = {pattern: ("" if "lm_head" in pattern else "model.") for pattern in adapter.wrapper_key_mapping}
     mapping = {r"^language_model\.lm_head\.": "lm_head.", **mapping} if wrapped else {}
     return load_model(directory, AutoModelForCausalLM, text, adapter, options, mapping=mapping)
+
+
+def verify_causal_lm(directory: Path, options: LoadOptions) -> None:
+    """Raise what `load_causal_lm` would, and keep nothing: the weights are looked at where they lie, mapped as they are."""
+    stored = {TORCH_DTYPES.get(tensor.dtype) for tensor in WeightIndex.read(directory).tensors.values()}
+    dtype = stored.pop() if len(stored) == 1 else None
+    load_causal_lm(
+        directory,
+        replace(options, dtype=dtype or options.torch_dtype(), device_map={"": "cpu"}, quantization_config=None),
+    )
 
 
 def load_trunk(directory: Path, site: Site, options: LoadOptions) -> LoadedModel:

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import Case, Spec
-from parity import check_generation, close
+from parity import check_generation, close, same_rows
 
-from nla_hub import NLA
-from nla_hub import shared_prefix
+from nla_hub import NLA, shared_prefix
 from nla_hub.engines import transformers as engine_module
 from nla_hub.shared_prefix import SharedPrefix, TailCache, can_share
 from nla_hub.testing import D_MODEL
@@ -38,12 +37,19 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return lambda: monkeypatch.setattr(engine_module, "can_share", lambda *_: False)
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 64])
-def test_text_equals_the_plain_path(speaker: Case, plain: Any, batch_size: int) -> None:
-    engine, vectors, draws = speaker.nla.av.engine, rows(9), uniforms(9)
-    fast = texts(engine, vectors, batch_size), texts(engine, vectors, batch_size, draws)
-    plain()
-    assert (texts(engine, vectors, 3), texts(engine, vectors, 3, draws)) == fast
+def test_tokens_equal_a_route_of_its_own_for_batches_of_1_7_and_64(speaker: Case) -> None:
+    engine, vectors, draws = speaker.nla.av.engine, rows(64), uniforms(64)
+    for given, temperature in ((None, 1.0), (draws, 0.9)):
+        expected, margins = speaker.av.decode(vectors, STEPS, given, temperature)
+        for batch_size, n in ((64, 64), (7, 20), (1, 3)):
+            found = engine.generate(
+                vectors[:n],
+                None if given is None else given[:n],
+                temperature=temperature,
+                max_new_tokens=STEPS,
+                batch_size=batch_size,
+            )
+            same_rows([completion.ids for completion in found], expected[:n], margins[:n])
 
 
 def test_families_share_what_stands_before_the_marker_where_their_windows_allow(architecture: Case) -> None:
@@ -59,10 +65,13 @@ def test_families_share_what_stands_before_the_marker_where_their_windows_allow(
 
 
 def test_a_window_that_is_too_short_takes_the_plain_path(make_case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = make_case(Spec("gemma3")).nla.av.engine
-    monkeypatch.setattr(SharedPrefix, "of", lambda *_: pytest.fail("it was shared"))
+    engine: Any = make_case(Spec("gemma3")).nla.av.engine
     assert engine.model.config.sliding_window == 32
-    texts(engine, rows(2), 2)
+    room = 32 - len(engine.av.prompt)
+    assert engine._shared(room) is not None
+    assert engine._shared(room + 1) is None
+    monkeypatch.setattr(SharedPrefix, "of", lambda *_: pytest.fail("it was shared"))
+    engine.generate(rows(2), None, temperature=1.0, max_new_tokens=room + 1, batch_size=2)
 
 
 def test_changed_weights_are_never_answered_from_before(copied: Any, plain: Any) -> None:

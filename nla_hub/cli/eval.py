@@ -61,6 +61,7 @@ def evaluate(
     ar_subfolder: pair.ArSubfolder = "",
     sidecar: pair.SidecarFile = None,
     engine: pair.Engine = "auto",
+    engine_option: pair.EngineOptions = None,
     memory: pair.Memory = pair.MemoryMode.auto,
     batch_size: Annotated[int, typer.Option(help="Rows that run together.", min=1)] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="The result as one JSON object.")] = False,
@@ -88,6 +89,7 @@ def evaluate(
         ar_subfolder=ar_subfolder,
         sidecar=sidecar,
         engine=engine,
+        engine_options=engine_option,
         memory=memory,
     )
     common: dict[str, Any] = {
@@ -98,12 +100,13 @@ def evaluate(
         "progress": report_progress,
     }
     result: EvalResult | Comparison
-    if against is not None:
-        result = compare(loaded, NLA.from_pretrained(against), chosen, **common)
-        where = f"{result.a} against {result.b}"
-    else:
-        result = run_protocol(loaded, chosen, sampled=sampled, with_source_check=source_check, **common)
-        where = result.nla
+    with loaded:
+        if against is not None:
+            result = compare(loaded, NLA.from_pretrained(against), chosen, **common)
+            where = f"{result.a} against {result.b}"
+        else:
+            result = run_protocol(loaded, chosen, sampled=sampled, with_source_check=source_check, **common)
+            where = result.nla
     if as_json:
         output.print_json_lines([result.to_dict()])
     else:

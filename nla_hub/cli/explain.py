@@ -66,6 +66,7 @@ def explain(
     ar_subfolder: pair.ArSubfolder = "",
     sidecar: pair.SidecarFile = None,
     engine: pair.Engine = "auto",
+    engine_option: pair.EngineOptions = None,
     memory: pair.Memory = pair.MemoryMode.auto,
     positions: Annotated[
         str, typer.Option("--positions", "-p", help="last, all, user, assistant, 5, -1, 3,7,9 or 10:20.")
@@ -96,10 +97,12 @@ def explain(
         ar_subfolder=ar_subfolder,
         sidecar=sidecar,
         engine=engine,
+        engine_options=engine_option,
         memory=memory,
     )
     settings = {"n": n, "temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
-    found, failed = run(loaded, items, where, overflow.value, batch_size, settings)
+    with loaded:
+        found, failed = run(loaded, items, where, overflow.value, batch_size, settings)
     if as_json:
         output.print_json_lines(row.to_dict() for row in found)
         output.print_json_lines(error_row(item) for item in failed)

@@ -37,7 +37,15 @@ SidecarFile = Annotated[
         "--sidecar", help="A YAML file of what nla_meta.yaml does not say, or says wrongly; it wins over that file."
     ),
 ]
-Engine = Annotated[str, typer.Option("--engine", help="What runs the AV: auto, transformers, or a plug-in's engine.")]
+Engine = Annotated[
+    str, typer.Option("--engine", help="What runs the AV: auto, transformers, vllm, remote, or a plug-in's engine.")
+]
+EngineOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--engine-option", metavar="KEY=VALUE", help="What that engine is told (docs/engines.md); repeatable."
+    ),
+]
 Memory = Annotated[
     MemoryMode,
     typer.Option(
@@ -61,11 +69,14 @@ def load(
     ar_subfolder: str = "",
     sidecar: str | None = None,
     engine: str = "auto",
+    engine_options: list[str] | None = None,
     memory: MemoryMode = MemoryMode.auto,
     **others: Any,
 ) -> NLA:
     """The pair that the options name."""
+    from nla_hub.errors import InputError
     from nla_hub.nla import NLA
+    from nla_hub.schema import apply_overrides
 
     return NLA.from_pretrained(
         name,
@@ -75,6 +86,7 @@ def load(
         ar_subfolder=ar_subfolder,
         sidecar=sidecar,
         engine=engine,
+        engine_options=apply_overrides({}, engine_options or [], where="--engine-option", error=InputError),
         memory=memory.value,
         **others,
     )

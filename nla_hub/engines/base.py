@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -17,6 +19,10 @@ from nla_hub.sidecar import Injection
 
 Finish = Literal["tag", "eos", "length"]
 
+Reads = Literal["model", "files", "contract"]
+"""What an engine wants of an AV: its loaded modules (a `LoadedAV`), its files (a `StoredAV`), or no weights at all, because
+they are somewhere else (a `StoredAV` whose directory holds config and tokenizer)."""
+
 
 @dataclass(frozen=True)
 class LoadedAV:
@@ -26,6 +32,38 @@ class LoadedAV:
     tokenizer: Any
     prompt: AVPrompt
     injector: Injector
+
+    @property
+    def config(self) -> Any:
+        """transformers config of the text model."""
+        return self.loaded.model.config.get_text_config()
+
+    @property
+    def directory(self) -> Path:
+        """Where its files are."""
+        return self.loaded.directory
+
+
+@dataclass(frozen=True)
+class StoredAV:
+    """An AV on disk, for engines that read the weights themselves, and for those whose weights are elsewhere.
+
+    Attributes:
+        directory: a complete causal LM without a wrapper: config.json, safetensors whose names, shapes and values were
+            verified, tokenizer files. For an engine that reads the contract alone the weights may be absent.
+        config: transformers config of the text model.
+        dtype: what to compute in.
+        scratch: holds `directory` where it was written for this AV alone (a LoRA merged into its base, a text model taken
+            out of a wrapper); whoever closes the engine cleans it up.
+    """
+
+    directory: Path
+    config: Any
+    tokenizer: Any
+    prompt: AVPrompt
+    injector: Injector
+    dtype: torch.dtype
+    scratch: TemporaryDirectory[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -48,14 +86,18 @@ class Completion:
 class Engine(Protocol):
     """Runs one AV.
 
-    A third party registers a class with this shape under the entry-point group `nla_hub.engines`.
+    A third party registers a class with this shape under the entry-point group `nla_hub.engines`. It may take keyword-only
+    options after the AV: `engine_options` of `NLA.from_pretrained` become those.
     """
 
     name: ClassVar[str]
     kinds: ClassVar[frozenset[str]]
     """Injection kinds that this engine can do; others are refused at construction."""
 
-    def __init__(self, av: LoadedAV) -> None: ...
+    reads: ClassVar[Reads] = "model"
+    """What its constructor wants to be given."""
+
+    def __init__(self, av: Any) -> None: ...
 
     def generate(
         self,

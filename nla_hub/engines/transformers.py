@@ -16,12 +16,12 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from nla_hub.accelerator import free_memory
-from nla_hub.engines.base import Completion, Finish, LoadedAV, probe_vectors, require_kind, require_sensitive
-from nla_hub.shared_prefix import SharedPrefix, TailCache, can_share, shared_attention
+from nla_hub.engines.base import Completion, Finish, LoadedAV, Reads, probe_vectors, require_kind, require_sensitive
 from nla_hub.errors import ContextLengthError
 from nla_hub.log import logger
 from nla_hub.prompts import CLOSING_TAG
 from nla_hub.sampling import choose
+from nla_hub.shared_prefix import SharedPrefix, TailCache, can_share, shared_attention
 from nla_hub.source_text import context_length
 
 Cache = DynamicCache | TailCache
@@ -32,6 +32,7 @@ class TransformersEngine:
 
     name: ClassVar[str] = "transformers"
     kinds: ClassVar[frozenset[str]] = frozenset({"overwrite", "add"})
+    reads: ClassVar[Reads] = "model"
 
     def __init__(self, av: LoadedAV) -> None:
         require_kind(type(self), av.injector.spec)
