@@ -65,6 +65,16 @@ def uniforms(seed: int, keys: Sequence[RowKey], n: int) -> Tensor:
     return torch.from_numpy(np.stack([row_uniforms(seed, key, n) for key in keys]))
 
 
+def request_seed(draws: Tensor) -> int:
+    """A seed below 2**63 for one row, for engines that draw by themselves.
+
+    It follows from the row's own uniforms [n] (its stream), so equal (seed, key) give equal requests in any batch. The first of them
+    alone decides, so that a longer answer starts with the shorter one.
+    """
+    data = draws[:1].detach().to("cpu").double().numpy().astype("<f8", copy=False).tobytes()
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "little") >> 1
+
+
 def choose(logits: Tensor, draws: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
     """The next token of each row, and its log-probability under the distribution that it was drawn from.
 
