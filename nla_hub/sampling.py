@@ -68,8 +68,8 @@ def uniforms(seed: int, keys: Sequence[RowKey], n: int) -> Tensor:
 def request_seed(draws: Tensor) -> int:
     """A seed below 2**63 for one row, for engines that draw by themselves.
 
-    It follows from the row's own uniforms [n] (its stream), so equal (seed, key) give equal requests in any batch. The first of them
-    alone decides, so that a longer answer starts with the shorter one.
+    It follows from the row's own uniforms [n] (its stream), so equal (seed, key) give equal requests in any batch. The
+    first of them alone decides, so that a longer answer starts with the shorter one.
     """
     data = draws[:1].detach().to("cpu").double().numpy().astype("<f8", copy=False).tobytes()
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "little") >> 1
