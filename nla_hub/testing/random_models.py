@@ -125,7 +125,7 @@ def random_model(architecture: str, vocab_size: int, *, seed: int = 0, layers: i
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(model_type, **settings), **({"attn_implementation": "eager"} if capped else {})
     ).eval()
-    _give_opinions(model)
+    give_opinions(model)
     return model
 
 
@@ -154,7 +154,7 @@ ARCHITECTURES = tuple(name for name in registry.adapters.names() if name in _FAM
 """Every adapter of ours, in the registry's order."""
 
 
-def _give_opinions(model: Any) -> None:
+def give_opinions(model: Any) -> None:
     """Change what a fresh model has too plain to tell right from wrong: tied embeddings, unit norms, zero biases."""
     adapter = adapter_for(model.config)
     norm = adapter.final_norm_module(model)
