@@ -22,6 +22,8 @@
     ├── MissingExtraError         (also ImportError) an optional dependency is absent
     └── GateFailedError           exit 3             a figure fell below its bar
 
+    Interrupted                   exit 130 (a KeyboardInterrupt)  Ctrl-C; carries what was done by then
+
 Each carries what happened, where, what was got and expected, and the next step; `str()` of it is what the
 command line prints.
 """
@@ -30,7 +32,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class NLAError(Exception):
@@ -188,3 +190,18 @@ def did_you_mean(name: str, known: Iterable[str], *, at_most: int = 2) -> list[s
     folded = {k.lower(): k for k in known}
     near = difflib.get_close_matches(name.lower(), folded, n=at_most, cutoff=0.6)
     return [folded[k] for k in near]
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during a call that had finished a part of its rows.
+
+    No NLAError, and no Exception: what catches errors in order to go on must not catch it.
+
+    Attributes:
+        done: what is finished, by the row's index: completions of an engine's call, explanations of `verbalize` (a list of them
+            where n > 1). Of `NLA.explain` the Explanations, without scores.
+    """
+
+    def __init__(self, done: Any) -> None:
+        self.done = done
+        super().__init__(f"{len(done)} rows are done")

@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -43,6 +43,15 @@ freed ones fit nothing. Measured with glibc's allocator: 972 MB at a cache of 12
 
 MARGIN = 0.9
 """Share of the free memory that `choose` gives away: an allocator cannot use every byte, and other processes move."""
+
+
+MOST_ROWS_CPU = 64
+"""Rows together on a CPU at most: more than this is no faster there (docs/performance.md) and answers later."""
+
+MOST_ROWS = 1024
+"""Rows together on an accelerator at most. A step over N weights in 16 bits reads 2 N bytes and computes 2 N operations a row,
+so it is limited by reading below about 200 rows on an H100 or H200 (989e12 / 4.8e12 operations a byte, NVIDIA's data sheets);
+beyond some multiple of that more rows only wait for each other."""
 
 
 # -- bytes of a part -----------------------------------------------------------------------------------------
@@ -230,6 +239,7 @@ class Workload:
         text: tokens of the texts that are captured.
         template: tokens that the AR's template puts around an explanation.
         sampled: whether tokens are drawn, not chosen greedily.
+        shared: tokens of the AV's prompt before its marker, which all rows have in common and keep once (0: each its own).
     """
 
     batch_size: int = 32
@@ -238,6 +248,7 @@ class Workload:
     text: int = 512
     template: int = 40
     sampled: bool = True
+    shared: int = 0
 
 
 def working_bytes(size: PartSize, work: Workload) -> int:
@@ -249,10 +260,13 @@ def working_bytes(size: PartSize, work: Workload) -> int:
       (widened to float32 while it is normed): d (3 w + 4); and the wider of the MLP (gate, its activation, up, their
       product: 4 mlp w) and attention (queries, keys, values, rotated copies and output: (3 heads + 4 kv_heads) head_dim w).
       Attention's scores are never complete: PyTorch's scaled_dot_product_attention works in tiles.
-    - *AV*: the pass over the prompt (T = prompt), then a key-value cache for prompt + max_new_tokens (see `cache_bytes`),
-      `GROWTH` times, because `DynamicCache` appends by concatenation. Last the logits, vocabulary wide: as they are, and
-      what `sampling.choose` makes of them: 8 bytes greedily (float32 copy and log-softmax), 24 where tokens are drawn (two
-      more in float64).
+    - *AV*: keys and values of what all rows share, once, and of each row's own tokens (from the marker on, to the last new
+      one), allocated in advance; then the greater of the pass over the prompt's own tokens, whose attention scores are
+      complete (heads x T x prompt, in w, in w again while the two parts are joined, and in float32), and a later step: the
+      logits, vocabulary wide, as they are, and what `sampling.choose` makes of them: 8 bytes greedily (float32 copy and
+      log-softmax), 24 where tokens are drawn (two more in float64).
+      Where a sliding window is shorter than prompt and answer: the pass over the whole prompt, then a key-value cache (see
+      `cache_bytes`), `GROWTH` times, because `DynamicCache` appends by concatenation.
     - *AR* and *source*: activations alone, T = max_new_tokens + template or the text's tokens; of a source the output of
       block K besides.
     """
@@ -264,11 +278,30 @@ def working_bytes(size: PartSize, work: Workload) -> int:
     if size.name == "source":
         return rows * work.text * (per_token + a.d_model * w)
     total = work.prompt + work.max_new_tokens
-    cache = GROWTH * cache_bytes(a, rows, total, w)
-    prompt_cache = cache_bytes(a, rows, work.prompt, w)
-    first = prompt_cache + rows * work.prompt * per_token
     logits = rows * a.vocabulary * ((w if w < 4 else 4) + (20 if work.sampled else 4) + (4 if w < 4 else 0))
+    if work.shared and not any(window is not None and window < total for window in a.windows):
+        own = work.prompt - work.shared
+        kept = cache_bytes(a, 1, work.shared, w) + cache_bytes(a, rows, total - work.shared, w)
+        scores = rows * a.heads * own * work.prompt * (2 * w + 4)
+        return kept + max(rows * own * per_token + scores, logits + rows * per_token)
+    cache = GROWTH * cache_bytes(a, rows, total, w)
+    first = cache_bytes(a, rows, work.prompt, w) + rows * work.prompt * per_token
     return max(first, cache + logits + rows * per_token)
+
+
+def rows_that_fit(architecture: Architecture, work: Workload, free: int | None, *, width: int, on_cpu: bool) -> int:
+    """Rows of an AV that can run together: a power of two, so that a little more or less free memory changes nothing.
+
+    Args:
+        work: what is asked; its batch_size does not matter.
+        free: bytes beside the weights; None where a device does not say.
+        width: bytes of a value that the AV computes with.
+    """
+    size = PartSize("av", 0, 0, 0, architecture, width)
+    one, two = (working_bytes(size, replace(work, batch_size=rows)) for rows in (1, 2))
+    most = MOST_ROWS_CPU if on_cpu else MOST_ROWS
+    fitting = most if free is None else int((MARGIN * free - 2 * one + two) // (two - one))
+    return 1 << max(0, min(most, fitting).bit_length() - 1)
 
 
 def cache_bytes(architecture: Architecture, rows: int, tokens: int, width: int) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nla_hub.capture import Activations, Positions, capture, select_positions
 from nla_hub.engines.choice import EngineChoice
-from nla_hub.errors import InputError, PositionError
+from nla_hub.errors import InputError, Interrupted, PositionError
 from nla_hub.flags import row_flags
 from nla_hub.geometry import Reference, as_vectors
 from nla_hub.hub import HubOptions
@@ -32,7 +32,7 @@ from nla_hub.scoring import score_rows
 from nla_hub.sidecar import Sidecar, Site
 from nla_hub.source_text import Content, Overflow, as_documents, context_length, encode_source
 from nla_hub.steering import SteeringVector
-from nla_hub.verbalizer import Verbalizer, as_keys
+from nla_hub.verbalizer import ROWS, Verbalizer, as_keys
 
 Component = Literal["av", "ar"]
 EngineName = str
@@ -233,7 +233,7 @@ class NLA:
         positions: Positions = "last",
         *,
         doc_ids: Sequence[str] | None = None,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         overflow: Overflow = "error",
         parse_special_tokens: bool = False,
     ) -> Activations:
@@ -243,6 +243,7 @@ class NLA:
             texts: a text, a conversation (list of {"role", "content"}), or several of either.
             positions: an index, several, a slice, "last", "all", "user", "assistant", or a function.
             doc_ids: names for the documents; their sha256 by default.
+            batch_size: rows that run together at most; None leaves it to the project.
             overflow: what to do with texts longer than the model reads: "error", "truncate" or "stride".
 
         Raises:
@@ -263,7 +264,7 @@ class NLA:
                 documents,
                 positions=positions,
                 doc_ids=doc_ids,
-                batch_size=batch_size,
+                batch_size=_rows(batch_size),
                 overflow=overflow,
                 parse_special_tokens=parse_special_tokens,
                 base_model=source.name,
@@ -289,7 +290,7 @@ class NLA:
         temperature: float = 0.7,
         max_new_tokens: int = 200,
         seed: int = 0,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         keys: Sequence[object] | None = None,
         show_progress_bar: bool | None = None,
     ) -> Any:
@@ -299,6 +300,7 @@ class NLA:
             vectors: Activations, or float [d] or [..., d] of any kind (tensor, array, lists).
             n: samples a vector.
             temperature: 0 is greedy.
+            batch_size: rows that run together; None takes as many as fit into free memory.
             keys: one a row; what its randomness depends on besides the seed (the vector's own bytes by default).
             show_progress_bar: None shows one from 64 vectors up, on a terminal.
 
@@ -307,6 +309,7 @@ class NLA:
 
         Raises:
             VectorError: wrong width, not floating point, NaN, infinite or zero rows (listed).
+            Interrupted: Ctrl-C; its `done` maps the index of each row that is finished to what would have been returned for it.
         """
         acts = vectors if isinstance(vectors, Activations) else None
         if acts is not None and (acts.site != self.site):
@@ -314,21 +317,28 @@ class NLA:
         values = acts.vectors if acts is not None else vectors
         rows = as_vectors(values, d=self.d_model)
         row_keys = as_keys(keys) if keys is not None else (list(acts.keys) if acts is not None else None)
+
+        def shaped(i: int, group: Sequence[Explanation]) -> Any:
+            annotated = [self._annotated(e, acts, i) for e in group]
+            return annotated if n > 1 else annotated[0]
+
         with _progress_bar(show_progress_bar, len(rows) * n) as bar:
-            nested = self.av.verbalize(
-                rows,
-                keys=row_keys,
-                n=n,
-                temperature=temperature,
-                max_new_tokens=max_new_tokens,
-                seed=seed,
-                batch_size=batch_size,
-                progress=bar.update,
-            )
-        nested = [[self._annotated(e, acts, i) for e in group] for i, group in enumerate(nested)]
-        single = acts is None and _ndim(values) == 1
-        shaped: list[Any] = nested if n > 1 else [group[0] for group in nested]
-        return shaped[0] if single else shaped
+            try:
+                nested = self.av.verbalize(
+                    rows,
+                    keys=row_keys,
+                    n=n,
+                    temperature=temperature,
+                    max_new_tokens=max_new_tokens,
+                    seed=seed,
+                    batch_size=batch_size,
+                    progress=bar.update,
+                )
+            except Interrupted as stop:
+                stop.done = {i: shaped(i, group) for i, group in stop.done.items()}
+                raise
+        found = [shaped(i, group) for i, group in enumerate(nested)]
+        return found[0] if acts is None and _ndim(values) == 1 else found
 
     def _annotated(self, explanation: Explanation, acts: Activations | None, i: int) -> Explanation:
         marker = self._sidecar.marker.char if self._sidecar.marker else None
@@ -349,24 +359,24 @@ class NLA:
             flags=row_flags(position=acts.read[i], special=acts.special[i], context=acts.context[i], **common),
         )
 
-    def reconstruct(self, texts: str | Sequence[str], *, batch_size: int = 32) -> Tensor:
+    def reconstruct(self, texts: str | Sequence[str], *, batch_size: int | None = None) -> Tensor:
         """The AR's vectors of texts: float32 [N, d] on the CPU; one text gives [d]. Only their direction means anything.
 
         Raises:
             TextError, ContextLengthError: with the index of the text.
         """
         if isinstance(texts, str):
-            return self.ar.reconstruct([texts], batch_size=batch_size)[0]
+            return self.ar.reconstruct([texts])[0]
         if not isinstance(texts, Sequence):
             raise InputError("Texts are expected here.", got=type(texts).__name__, expected="a text, or a list of them")
-        return self.ar.reconstruct(list(texts), batch_size=batch_size)
+        return self.ar.reconstruct(list(texts), batch_size=_rows(batch_size))
 
     def score(
         self,
         explanations: Explanation | str | Sequence[Explanation | str | None],
         vectors: Activations | Tensor | Any,
         *,
-        batch_size: int = 32,
+        batch_size: int | None = None,
     ) -> Scores:
         """How well texts bring their vectors back: cosine and mse = 2 (1 - cosine) of each row.
 
@@ -387,7 +397,7 @@ class NLA:
         temperature: float = 0.7,
         max_new_tokens: int = 200,
         seed: int = 0,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         doc_ids: Sequence[str] | None = None,
         overflow: Overflow = "error",
         parse_special_tokens: bool = False,
@@ -420,22 +430,30 @@ class NLA:
         temperature: float = 0.7,
         max_new_tokens: int = 200,
         seed: int = 0,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         show_progress_bar: bool | None = None,
     ) -> Explanations:
-        """Verbalize and score captured vectors; without an AR the rows stay unscored."""
-        found = self.verbalize(
-            acts,
-            n=n,
-            temperature=temperature,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-            batch_size=batch_size,
-            show_progress_bar=show_progress_bar,
-        )
-        rows: list[Explanation] = [e for group in found for e in group] if n > 1 else list(found)
+        """Verbalize and score captured vectors; without an AR the rows stay unscored.
+
+        Raises:
+            Interrupted: Ctrl-C; its `done` are the Explanations that are finished, without scores.
+        """
+        try:
+            found = self.verbalize(
+                acts,
+                n=n,
+                temperature=temperature,
+                max_new_tokens=max_new_tokens,
+                seed=seed,
+                batch_size=batch_size,
+                show_progress_bar=show_progress_bar,
+            )
+        except Interrupted as stop:
+            stop.done = Explanations(_flat([stop.done[i] for i in sorted(stop.done)]), self.reference)
+            raise
+        rows = _flat(found)
         if "ar" not in self._parts or not rows:
-            return Explanations(tuple(rows), self.reference)
+            return Explanations(rows, self.reference)
         scores = self.score(rows, acts.vectors.repeat_interleave(n, dim=0), batch_size=batch_size)
         scored = tuple(e.with_(cosine=c, mse=m) for e, c, m in zip(rows, scores.cosine, scores.mse, strict=True))
         return Explanations(scored, scores.reference, scores.in_sample)
@@ -459,6 +477,16 @@ class NLA:
         vector = units[0] - units[1] if minus is not None else units[0]
         note = to if minus is None else f"{to} - {minus}"
         return SteeringVector(vector.float(), self.site, str(self._base or self._sidecar.base_model or ""), note)
+
+
+def _rows(batch_size: int | None) -> int:
+    """Rows of a capture or an AR batch at most; `batching.PASS_TOKENS` bounds their tokens besides."""
+    return ROWS if batch_size is None else batch_size
+
+
+def _flat(found: Sequence[Any]) -> tuple[Explanation, ...]:
+    """What `verbalize` returns for several rows, one sample after another."""
+    return tuple(e for group in found for e in ([group] if isinstance(group, Explanation) else group))
 
 
 def _progress_bar(show: bool | None, total: int) -> Any:

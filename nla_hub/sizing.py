@@ -116,7 +116,8 @@ def workload_of(pair: Pair, work: Workload | None = None) -> Workload:
     work = work or Workload()
     if pair.av is None or "av" not in pair.wanted:
         return work
-    return replace(work, prompt=len(AVPrompt.build(pair.av.tokenizer, pair.av.sidecar)))
+    prompt = AVPrompt.build(pair.av.tokenizer, pair.av.sidecar)
+    return replace(work, prompt=len(prompt), shared=prompt.marker_position)
 
 
 def quantization_of(config: Any) -> Quantization | None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from nla_hub.engines.base import Completion, Engine
-from nla_hub.errors import InputError
+from nla_hub.errors import InputError, Interrupted
 from nla_hub.geometry import norms
 from nla_hub.prompts import parse_explanation
 from nla_hub.results import Explanation, Sampling
@@ -34,16 +34,19 @@ class Verbalizer:
         temperature: float = 0.7,
         max_new_tokens: int = 200,
         seed: int = 0,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> list[list[Explanation]]:
         """`n` explanations of each row of `vectors` (raw float32 [N, d], finite and not zero).
+
+        `batch_size` None takes as many rows together as fit into the memory that is free.
 
         A row's text depends on (seed, key, sample) and its vector alone. Rows equal in key and vector, and under
         greedy decoding in vector, are computed once.
 
         Raises:
             InputError: a sampling setting out of range, or keys that do not match the rows.
+            Interrupted: Ctrl-C; carries the explanations of the rows of which every sample is done, by index.
         """
         check_sampling(n=n, temperature=temperature, max_new_tokens=max_new_tokens, batch_size=batch_size)
         hashes = [vector_hash(row) for row in vectors]
@@ -64,25 +67,40 @@ class Verbalizer:
                     jobs.append((i, sampled))
                 mine.append(unique[identity])
             slots.append(mine)
-        completions: list[Completion] = []
-        if jobs:
-            completions = self.engine.generate(
-                vectors[[i for i, _ in jobs]],
-                None if greedy else uniforms(seed, [key for _, key in jobs], max_new_tokens),
-                temperature=temperature or 1.0,
-                max_new_tokens=max_new_tokens,
-                batch_size=batch_size,
-                progress=progress,
-            )
         sampling = Sampling(temperature, max_new_tokens, seed)
         lengths = norms(vectors).tolist() if len(vectors) else []
-        return [
-            [
+
+        def explained(i: int, completions: Mapping[int, Completion]) -> list[Explanation]:
+            return [
                 self._explanation(completions[slot], lengths[i], row_keys[i], sample, sampling)
-                for sample, slot in enumerate(mine)
+                for sample, slot in enumerate(slots[i])
             ]
-            for i, mine in enumerate(slots)
-        ]
+
+        completions: list[Completion] = []
+        if jobs:
+            try:
+                completions = self.engine.generate(
+                    vectors[[i for i, _ in jobs]],
+                    None if greedy else uniforms(seed, [key for _, key in jobs], max_new_tokens),
+                    temperature=temperature or 1.0,
+                    max_new_tokens=max_new_tokens,
+                    batch_size=batch_size or self._fitting_rows(max_new_tokens),
+                    progress=progress,
+                )
+            except Interrupted as stop:
+                stop.done = {
+                    i: explained(i, stop.done)
+                    for i, mine in enumerate(slots)
+                    if all(slot in stop.done for slot in mine)
+                }
+                raise
+        by_slot = dict(enumerate(completions))
+        return [explained(i, by_slot) for i in range(len(slots))]
+
+    def _fitting_rows(self, max_new_tokens: int) -> int:
+        """What an engine says that it can run together; `ROWS` for one that does not say."""
+        fitting = getattr(self.engine, "fitting_rows", None)
+        return ROWS if fitting is None else int(fitting(max_new_tokens))
 
     def _explanation(
         self, completion: Completion, norm: float, key: RowKey, sample: int, sampling: Sampling
@@ -102,9 +120,15 @@ class Verbalizer:
         )
 
 
-def check_sampling(*, n: int, temperature: float, max_new_tokens: int, batch_size: int) -> None:
+ROWS = 32
+"""Rows together where neither user nor engine says."""
+
+
+def check_sampling(*, n: int, temperature: float, max_new_tokens: int, batch_size: int | None) -> None:
     """Raise an InputError for a sampling setting out of range."""
     for name, value in (("n", n), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if name == "batch_size" and value is None:
+            continue
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InputError(f"{name} is a whole number from 1 up.", got=repr(value))
     if (

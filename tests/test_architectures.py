@@ -303,7 +303,7 @@ def test_the_logits_of_a_gemma_2_av_are_capped(make_case: Callable[[Spec], Case]
     engine = case.nla.av.engine
     handle = engine.model.get_output_embeddings().register_forward_hook(lambda *a: seen.append(a[2]))
     with torch.no_grad():
-        logits, _ = engine._prompt_pass(vectors)
+        logits, _ = engine._prompt_pass(vectors, 1, None)
     handle.remove()
     assert float(seen[0].abs().max()) > cap > float(logits.abs().max())
     close(logits, cap * torch.tanh(seen[0][:, -1] / cap))
@@ -344,7 +344,7 @@ def test_an_overwritten_row_of_gpt_2_keeps_its_position(make_case: Callable[[Spe
     seen: list[Tensor] = []
     handle = engine.model.transformer.h[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     with torch.no_grad():
-        engine._prompt_pass(vectors)
+        engine._prompt_pass(vectors, 1, None)
     handle.remove()
     at = engine.av.prompt.marker_position
     unit = vectors.double() / vectors.double().norm(dim=-1, keepdim=True)

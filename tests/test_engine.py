@@ -201,7 +201,7 @@ def test_the_probe_passes_for_every_pair_and_fails_without_injection(
     engine = speaker.nla.av.engine
     engine.probe()
     deaf = torch.zeros(1, len(speaker.av.tokenizer)).expand(2, -1)
-    monkeypatch.setattr(engine, "_prompt_pass", lambda vectors: (deaf, None))
+    monkeypatch.setattr(engine, "_prompt_pass", lambda *_: (deaf, None))
     with pytest.raises(InjectionError, match="does not reach"):
         engine.probe()
 

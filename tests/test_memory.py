@@ -137,7 +137,7 @@ def test_the_cache_is_as_large_as_the_engines(architecture: Case) -> None:
     engine = architecture.nla.av.engine
     model = engine.av.loaded.model  # type: ignore[attr-defined]
     with torch.inference_mode():
-        _, cache = engine._prompt_pass(torch.randn(3, architecture.nla.d_model))  # type: ignore[attr-defined]
+        _, cache = engine._prompt_pass(torch.randn(3, architecture.nla.d_model), 40, None)  # type: ignore[attr-defined]
         prompt = len(engine.av.prompt)  # type: ignore[attr-defined]
         for _ in range(40):
             model(input_ids=torch.zeros(3, 1, dtype=torch.long), past_key_values=cache, use_cache=True)

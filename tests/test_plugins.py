@@ -482,12 +482,16 @@ class Bounded(Base):
 class Spelled(Base):
     """Stops at a closing tag only where it is one token."""
 
-    def _closes(self, ids: list[int]) -> bool:
-        return "</explanation>" in self._decode(ids[-1:])
+    def __init__(self, av: LoadedAV) -> None:
+        super().__init__(av)
+        at = self._endings.at
+        self._endings.at = lambda ids: at(ids[-1:])  # type: ignore[method-assign]
 
 
 class PastEos(Base):
-    _eos = frozenset()  # type: ignore[assignment]
+    def __init__(self, av: LoadedAV) -> None:
+        super().__init__(av)
+        self._endings.eos = frozenset()
 
 
 class Shuffled(Base):

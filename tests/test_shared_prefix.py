@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,8 +12,11 @@ import torch
 from conftest import Case, Spec
 from parity import check_generation, close, same_rows
 
-from nla_hub import NLA, shared_prefix
+from nla_hub import NLA, memory, shared_prefix
+from nla_hub.architecture import Architecture
 from nla_hub.engines import transformers as engine_module
+from nla_hub.errors import Interrupted
+from nla_hub.memory import PartSize, Workload, working_bytes
 from nla_hub.shared_prefix import SharedPrefix, TailCache, can_share
 from nla_hub.testing import D_MODEL
 
@@ -149,6 +154,110 @@ def test_the_attention_is_put_back_also_after_an_error(llama: Case) -> None:
     with pytest.raises(ZeroDivisionError):
         fail()
     assert engine.model.config._attn_implementation == before
+
+
+def test_an_attention_that_ours_does_not_know_is_found_by_the_probe(
+    llama: Case, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = engine_module.TransformersEngine(llama.nla.av.engine.av)
+    engine.probe()
+    assert engine._shared(1) is not None
+    expected = texts(engine, rows(3), 3)
+    attend = shared_prefix.attend
+
+    def narrower(*args: Any, scaling: float, **others: Any) -> Any:
+        return attend(*args, scaling=scaling * 0.5, **others)
+
+    monkeypatch.setitem(shared_prefix.AttentionInterface._global_mapping, shared_prefix.ATTENTION, narrower)
+    with caplog.at_level("WARNING", logger="nla_hub"):
+        engine.probe()
+    assert "going on without it" in caplog.text
+    assert engine._shared(1) is None
+    assert texts(engine, rows(3), 3) == expected
+
+
+def test_threads_take_turns_on_one_model(llama: Case) -> None:
+    """Without turns one thread's vectors and attention would be seen by the other's passes."""
+    engine, parts = llama.nla.av.engine, [rows(5, seed) for seed in range(6)]
+    alone = [texts(engine, part, 5) for part in parts]
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(lambda part: texts(engine, part, 5), parts)) == alone
+
+
+def test_interrupted_keeps_the_rows_that_are_done(llama: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the third batch: both before it are there, with the texts that they would have had."""
+    nla, vectors = llama.nla, rows(10)
+    whole = nla.verbalize(vectors, temperature=0, max_new_tokens=STEPS, batch_size=4)
+    calls: list[int] = []
+    forward = engine_module.TransformersEngine._prompt_pass
+
+    def pressed(self: Any, part: torch.Tensor, *others: Any) -> Any:
+        calls.append(len(part))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return forward(self, part, *others)
+
+    monkeypatch.setattr(engine_module.TransformersEngine, "_prompt_pass", pressed)
+    with pytest.raises(Interrupted, match="8 rows are done") as caught:
+        nla.verbalize(vectors, temperature=0, max_new_tokens=STEPS, batch_size=4)
+    assert caught.value.done == dict(enumerate(whole[:8]))
+    assert nla.verbalize(vectors, temperature=0, max_new_tokens=STEPS, batch_size=4) == whole
+
+
+def test_interrupted_keeps_only_rows_of_which_every_sample_is_done(
+    llama: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six samples are done, three a row: two rows; the fourth row's first sample alone is none."""
+    calls: list[int] = []
+    batch = engine_module.TransformersEngine._batch
+
+    def pressed(self: Any, *args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return batch(self, *args)
+
+    monkeypatch.setattr(engine_module.TransformersEngine, "_batch", pressed)
+    with pytest.raises(Interrupted) as caught:
+        llama.nla.explain(["the cat", "a house", "the river"], n=3, max_new_tokens=4, batch_size=1)
+    done = caught.value.done
+    assert [(row.sample, row.cosine) for row in done] == [(0, None), (1, None), (2, None)] * 2
+    assert not isinstance(caught.value, Exception)
+
+
+def test_rows_run_on_where_stopping_is_turned_off(llama: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_module.TransformersEngine(llama.nla.av.engine.av)
+    end = llama.av.tokenizer.eos_token_id
+    monkeypatch.setattr(
+        engine_module, "choose", lambda logits, *_: (torch.full((len(logits),), end), torch.zeros(len(logits)))
+    )
+    run = {"temperature": 1.0, "max_new_tokens": 5, "batch_size": 2}
+    assert [(c.ids, c.finish) for c in engine.generate(rows(2), None, **run)] == [((end,), "eos")] * 2
+    engine.stops = False
+    assert [(c.ids, c.finish) for c in engine.generate(rows(2), None, **run)] == [((end,) * 5, "length")] * 2
+
+
+def test_as_many_rows_as_fit_run_together(llama: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine: Any = llama.nla.av.engine
+    assert engine.fitting_rows(20) == memory.MOST_ROWS_CPU
+    sizes: list[int] = []
+    for free in (1, 3_000_000, 12_000_000):
+        monkeypatch.setattr(engine_module, "free_memory", lambda _, free=free: free)
+        sizes.append(engine.fitting_rows(400))
+    assert sizes[0] == 1 < sizes[1] < sizes[2] < memory.MOST_ROWS_CPU
+    assert all(size & (size - 1) == 0 for size in sizes)
+    prompt = engine.av.prompt
+    monkeypatch.setattr(engine_module, "free_memory", lambda _: 3_000_000)
+    size = PartSize("av", 0, 0, 0, Architecture.of(engine.model.config), 4)
+    work = Workload(sizes[1], len(prompt), 400, shared=prompt.marker_position)
+    assert working_bytes(size, work) <= 3_000_000 < working_bytes(size, replace(work, batch_size=2 * sizes[1] + 1))
+    seen: list[int] = []
+    batch = type(engine)._batch
+    monkeypatch.setattr(
+        type(engine), "_batch", lambda self, v, *rest: [seen.append(len(v)), *batch(self, v, *rest)][1:]
+    )
+    llama.nla.verbalize(rows(9), temperature=0, max_new_tokens=400)
+    assert seen[0] == min(9, sizes[1])
 
 
 @pytest.mark.parametrize("group", [1, 2, 4])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nla_hub.cli import output, pair
-from nla_hub.errors import InputError
+from nla_hub.errors import InputError, Interrupted
 from nla_hub.locate import expand
 from nla_hub.log import logger
 
@@ -75,7 +75,9 @@ def explain(
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.7,
     max_new_tokens: Annotated[int, typer.Option(help="Length bound of an explanation, in tokens.", min=1)] = 200,
     seed: Annotated[int, typer.Option(help="Same seed, same explanations.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Rows that run together.", min=1)] = 32,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Rows that run together; by default as many as fit into free memory.", min=1)
+    ] = None,
     overflow: Annotated[
         Overflow, typer.Option(help="What to do with texts longer than the model reads.")
     ] = Overflow.error,
@@ -101,8 +103,20 @@ def explain(
         memory=memory,
     )
     settings = {"n": n, "temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
-    with loaded:
-        found, failed = run(loaded, items, where, overflow.value, batch_size, settings)
+    try:
+        with loaded:
+            found, failed = run(loaded, items, where, overflow.value, batch_size, settings)
+    except Interrupted as stop:
+        show_rows(stop.done, [], items, as_json=as_json)
+        output.message(f"{len(stop.done)} rows were done; they have no scores.")
+        raise
+    show_rows(found, failed, items, as_json=as_json)
+    if failed:
+        raise typer.Exit(EXIT_ROWS_IN_ERROR)
+
+
+def show_rows(found: Explanations, failed: list[Item], items: list[Item], *, as_json: bool) -> None:
+    """Everything that came of the items: rows on stdout, what could not be explained on stderr."""
     if as_json:
         output.print_json_lines(row.to_dict() for row in found)
         output.print_json_lines(error_row(item) for item in failed)
@@ -112,12 +126,10 @@ def explain(
         logger.error("%s%s", item.error, f"\n  Next: {item.next_step}" if item.next_step else "")
     if failed and not as_json:
         output.message(f"{len(failed)} of {len(items)} texts could not be explained.")
-    if failed:
-        raise typer.Exit(EXIT_ROWS_IN_ERROR)
 
 
 def run(
-    loaded: NLA, items: list[Item], positions: Any, overflow: Any, batch_size: int, settings: dict[str, Any]
+    loaded: NLA, items: list[Item], positions: Any, overflow: Any, batch_size: int | None, settings: dict[str, Any]
 ) -> tuple[Explanations, list[Item]]:
     """Explanations of the items that can be read, and the items that cannot, with their reasons."""
     from nla_hub.results import Explanations

@@ -7,19 +7,23 @@ cache. The vector enters through the injection hook during the prompt pass; afte
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from threading import RLock
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from nla_hub.accelerator import free_memory
-from nla_hub.engines.base import Completion, Finish, LoadedAV, Reads, probe_vectors, require_kind, require_sensitive
-from nla_hub.errors import ContextLengthError
+from nla_hub.architecture import Architecture
+from nla_hub.batching import run_batches
+from nla_hub.engines.base import Completion, LoadedAV, Reads, probe_vectors, require_kind, require_sensitive
+from nla_hub.engines.endings import Endings, eos_ids
+from nla_hub.errors import ContextLengthError, Interrupted
+from nla_hub.hardware import free_memory
 from nla_hub.log import logger
-from nla_hub.prompts import CLOSING_TAG
+from nla_hub.memory import Workload, rows_that_fit
 from nla_hub.sampling import choose
 from nla_hub.shared_prefix import SharedPrefix, TailCache, can_share, shared_attention
 from nla_hub.source_text import context_length
@@ -28,7 +32,11 @@ Cache = DynamicCache | TailCache
 
 
 class TransformersEngine:
-    """Runs an AV with transformers; both injection kinds, any device, float32 to quantised."""
+    """Runs an AV with transformers; both injection kinds, any device, float32 to quantised. Threads take turns.
+
+    Attributes:
+        stops: False lets rows run on to `max_new_tokens` whatever they write, so that a benchmark's routes do equal work.
+    """
 
     name: ClassVar[str] = "transformers"
     kinds: ClassVar[frozenset[str]] = frozenset({"overwrite", "add"})
@@ -39,15 +47,42 @@ class TransformersEngine:
         self.av = av
         self.model = av.loaded.model
         self.device: torch.device = next(av.loaded.adapter.embedding_module(self.model).parameters()).device
+        self.stops = True
+        self._sharing = True
+        self._turn = RLock()  # hooks and the choice of attention hold for the whole model, not for one thread
 
     def close(self) -> None:
         """Nothing is held besides the AV."""
 
     def probe(self) -> None:
-        """Raise an InjectionError unless the vector reaches the logits."""
-        with torch.inference_mode():
-            logits, _ = self._prompt_pass(probe_vectors(self.av.loaded.d_model))
+        """Raise an InjectionError unless the vector reaches the logits.
+
+        The shared beginning is held against the plain path here: an architecture whose attention does something that ours does
+        not know is served by the plain path from then on.
+        """
+        vectors = probe_vectors(self.av.loaded.d_model)
+        with self._turn, torch.inference_mode():
+            shared = self._shared(1)
+            logits, _ = self._prompt_pass(vectors, 1, shared)
+            if shared is not None and not _agree(logits, self._prompt_pass(vectors, 1, None)[0]):
+                logger.warning(
+                    "%s: the shared beginning of the prompt does not give what the model gives; going on without it",
+                    self.av.directory,
+                )
+                self._sharing = False
         require_sensitive(list(logits.float().log_softmax(-1).cpu()), self.name)
+
+    def fitting_rows(self, max_new_tokens: int) -> int:
+        """Rows that can run together in the memory that is free now; a power of two."""
+        prompt = self.av.prompt
+        shares = can_share(self.model, prompt.marker_position, len(prompt) + max_new_tokens)
+        before = prompt.marker_position if shares else 0
+        work = Workload(1, len(prompt), max_new_tokens, shared=before)
+        width = self.model.get_input_embeddings().weight.element_size()
+        architecture = Architecture.of(self.model.config)
+        return rows_that_fit(
+            architecture, work, free_memory(self.device), width=width, on_cpu=self.device.type == "cpu"
+        )
 
     def generate(
         self,
@@ -59,10 +94,11 @@ class TransformersEngine:
         batch_size: int,
         progress: Callable[[int], None] | None = None,
     ) -> list[Completion]:
-        """See `Engine.generate`.
+        """See `Engine.generate`. Out of memory halves the batch and goes on.
 
         Raises:
             ContextLengthError: prompt and answer do not fit into what the AV reads.
+            Interrupted: Ctrl-C; carries the completions that are done.
         """
         limit = context_length(self.model.config)
         if limit is not None and len(self.av.prompt) + max_new_tokens > limit:
@@ -71,27 +107,23 @@ class TransformersEngine:
                 got=f"max_new_tokens={max_new_tokens} after a prompt of {len(self.av.prompt)}",
                 expected=f"at most {limit - len(self.av.prompt)}",
             )
-        done: list[Completion] = []
-        with torch.inference_mode():
-            shared = self._shared(max_new_tokens)
-            while len(done) < len(vectors):
-                rows = slice(len(done), len(done) + batch_size)
-                part = None if draws is None else draws[rows]
-                try:
-                    batch = self._batch(vectors[rows], part, temperature, max_new_tokens, shared)
-                except torch.OutOfMemoryError:
-                    if batch_size == 1:
-                        raise
-                    batch_size //= 2
-                else:
-                    done.extend(batch)
+        found: dict[int, Completion] = {}
+
+        def run(rows: Sequence[int]) -> None:
+            part = None if draws is None else draws[rows[0] : rows[-1] + 1]
+            batch = self._batch(vectors[rows[0] : rows[-1] + 1], part, temperature, max_new_tokens, shared)
+            found.update((rows[i], completion) for i, completion in batch)
+
+        try:
+            with self._turn, torch.inference_mode():
+                shared = self._shared(max_new_tokens)
+                batches = [range(len(vectors))[i : i + batch_size] for i in range(0, len(vectors), batch_size)]
+                for rows, _ in run_batches(batches, run):
                     if progress is not None:
-                        progress(len(batch))
-                    continue
-                # Outside of the handler, where nothing holds on to the failed batch any more.
-                free_memory()
-                logger.warning("out of memory: going on with %d rows at a time", batch_size)
-        return done
+                        progress(len(rows))
+        except KeyboardInterrupt as cause:
+            raise Interrupted(found) from cause
+        return [found[i] for i in range(len(vectors))]
 
     def _shared(self, max_new_tokens: int) -> SharedPrefix | None:
         """What all rows have in common, computed now from the present weights; None where the plain path must be taken.
@@ -99,13 +131,12 @@ class TransformersEngine:
         Computed for each call, so that weights that changed since (reinforcement learning) are never answered from before.
         """
         prompt = self.av.prompt
-        if not can_share(self.model, prompt.marker_position, len(prompt) + max_new_tokens):
+        if not self._sharing or not can_share(self.model, prompt.marker_position, len(prompt) + max_new_tokens):
             return None
         return SharedPrefix.of(self.model, prompt.ids[: prompt.marker_position], self.device)
 
-    def _prompt_pass(self, vectors: Tensor, room: int = 1, shared: SharedPrefix | None = None) -> tuple[Tensor, Cache]:
+    def _prompt_pass(self, vectors: Tensor, room: int, shared: SharedPrefix | None) -> tuple[Tensor, Cache]:
         """Logits after the prompt [rows, vocabulary], and the cache with room for answers of `room` tokens."""
-        shared = shared or self._shared(room)
         prompt = self.av.prompt
         begin = 0 if shared is None else len(shared)
         ids = torch.tensor(prompt.ids[begin:], device=self.device).expand(len(vectors), -1)
@@ -138,37 +169,35 @@ class TransformersEngine:
         temperature: float,
         max_new_tokens: int,
         shared: SharedPrefix | None,
-    ) -> list[Completion]:
+    ) -> Iterator[tuple[int, Completion]]:
+        """Rows and what the AV wrote for them, each as soon as it has ended; those that go on are kept together."""
         logits, cache = self._first(vectors, shared, max_new_tokens)
-        rows = list(range(len(vectors)))  # which caller's row each row of the running batch is
+        rows = torch.arange(len(vectors), device=logits.device)  # which row each row of the running batch is
         ids: list[list[int]] = [[] for _ in rows]
-        logprobs: list[list[Tensor]] = [[] for _ in rows]
-        finish: list[Finish] = ["length" for _ in rows]
+        logprobs = torch.empty(len(vectors), max_new_tokens, device=logits.device)
+        draws = None if draws is None else draws.to(logits.device)
+        running = list(range(len(vectors)))
         for step in range(max_new_tokens):
-            column = None if draws is None else draws[rows, step].to(logits.device)
-            tokens, logp = choose(logits, column, temperature)
-            running = []
-            for i, (row, token, value) in enumerate(zip(rows, tokens.tolist(), logp.cpu(), strict=True)):
+            tokens, logp = choose(logits, None if draws is None else draws[rows, step], temperature)
+            logprobs[rows, step] = logp
+            kept = []
+            for i, (row, token) in enumerate(zip(running, tokens.tolist(), strict=True)):
                 ids[row].append(token)
-                logprobs[row].append(value)
-                if token in self._eos:
-                    finish[row] = "eos"
-                elif self._closes(ids[row]):
-                    finish[row] = "tag"
+                finish = self._endings.at(ids[row]) if self.stops else None
+                if finish is None and step + 1 < max_new_tokens:
+                    kept.append(i)
                 else:
-                    running.append(i)
-            if not running or step + 1 == max_new_tokens:
-                break
-            if len(running) < len(rows):
-                keep = torch.tensor(running, device=tokens.device)
+                    text = self._endings.text(ids[row])
+                    own = logprobs[row, : step + 1].cpu()
+                    yield row, Completion(tuple(ids[row]), text, finish or "length", own)
+            if not kept:
+                return
+            if len(kept) < len(running):
+                keep = torch.tensor(kept, device=tokens.device)
                 cache.batch_select_indices(keep)
-                tokens = tokens[keep]
-                rows = [rows[i] for i in running]
+                tokens, rows = tokens[keep], rows[keep]
+                running = [running[i] for i in kept]
             logits = self._forward(tokens[:, None], cache)
-        return [
-            Completion(tuple(i), self._decode(i), f, torch.stack(p))
-            for i, f, p in zip(ids, finish, logprobs, strict=True)
-        ]
 
     def _first(self, vectors: Tensor, shared: SharedPrefix | None, max_new_tokens: int) -> tuple[Tensor, Cache]:
         """The prompt pass of a batch; samples of one vector share theirs."""
@@ -182,24 +211,19 @@ class TransformersEngine:
         cache.batch_select_indices(spread)
         return logits[spread], cache
 
-    def _decode(self, ids: list[int]) -> str:
-        return str(self.av.tokenizer.decode(ids, skip_special_tokens=True))
-
-    def _closes(self, ids: list[int]) -> bool:
-        # Only a token that holds ">" can complete the tag; the tag itself is at most as many tokens as characters.
-        return ids[-1] in self._bracket_ids and CLOSING_TAG in self._decode(ids[-len(CLOSING_TAG) :])
-
     @cached_property
-    def _bracket_ids(self) -> frozenset[int]:
-        tokenizer = self.av.tokenizer
-        texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-        return frozenset(i for i, text in enumerate(texts) if ">" in text)
+    def _endings(self) -> Endings:
+        configs = (getattr(self.model, "generation_config", None), self.model.config)
+        return Endings(self.av.tokenizer, eos_ids(self.av.tokenizer, *configs))
 
-    @cached_property
-    def _eos(self) -> frozenset[int]:
-        generation = getattr(self.model, "generation_config", None)
-        found = {self.av.tokenizer.eos_token_id}
-        for config in (generation, self.model.config):
-            value = getattr(config, "eos_token_id", None)
-            found |= set(value) if isinstance(value, (list, tuple)) else {value}
-        return frozenset(int(i) for i in found if i is not None)
+
+def _agree(one: Tensor, other: Tensor) -> bool:
+    """Whether two routes computed the same logits, but for rounding in their dtype."""
+    tolerance: float = TOLERANCE * torch.finfo(one.dtype).eps ** 0.5
+    worst = float((one.float() - other.float()).abs().max())
+    return worst <= tolerance * float(other.float().abs().max())
+
+
+TOLERANCE = 2.0
+"""Times the root of the dtype's rounding unit (float32 7e-4, bfloat16 0.18), relative to the largest logit. Two right routes
+differ by about 1e-6 in float32; another attention, by more than a tenth."""
