@@ -1,12 +1,14 @@
 """Texts, conversations or token ids -> residual-stream vectors at a site.
 
-Only the trunk runs, and only up to block K. Batches are padded on the right, and every vector is taken from the block's
-own output by a hook, which is what `hidden_states[K+1]` holds.
+Only the trunk runs, and only up to block K, also where the model has more. Every vector is taken from the block's own
+output by a hook, which is what `hidden_states[K+1]` holds. Attention is causal, so what stands behind the last token that
+is asked for is not read at all, and a long document is read chunk by chunk with a cache.
 """
 
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,13 +16,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from nla_hub.adapters import Adapter
-from nla_hub.batching import check_batch_size, pad_id_of, pad_right
+from nla_hub.batching import (
+    PASS_TOKENS,
+    by_length,
+    check_batch_size,
+    check_pass_tokens,
+    pad_id_of,
+    pad_right,
+    run_batches,
+)
 from nla_hub.errors import PositionError, VectorError
 from nla_hub.sampling import RowKey, document_hash
 from nla_hub.sidecar import Site
 from nla_hub.source_text import Content, Encoded, Overflow, context_length, encode_source
+from nla_hub.steering import is_steered
 
 Positions = int | Sequence[int] | slice | str | Callable[[Encoded], Sequence[int]]
 """Which tokens of a text: an index (negative counts from the end), several, a slice, "last", "all", "user", "assistant", or
@@ -93,17 +105,32 @@ class Activations:
         )
 
 
+class _Reached(Exception):
+    """Raised behind block K: no error, nothing above it needs to run."""
+
+
 @contextmanager
-def block_outputs(adapter: Adapter, model: nn.Module, site: Site) -> Iterator[list[Tensor]]:
-    """While open, collects the output of block K of every forward pass: tensors [rows, length, d]."""
+def block_outputs(adapter: Adapter, model: nn.Module, site: Site, *, stop: bool = False) -> Iterator[list[Tensor]]:
+    """While open, collects the output of block K of every forward pass of this thread: tensors [rows, length, d].
+
+    Args:
+        stop: the first pass ends there, and the context with it: no block above K runs.
+    """
     collected: list[Tensor] = []
+    mine = threading.get_ident()
 
     def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if threading.get_ident() != mine:
+            return
         collected.append(output[0] if isinstance(output, tuple) else output)
+        if stop:
+            raise _Reached
 
     handle = adapter.block(model, site).register_forward_hook(keep)
     try:
         yield collected
+    except _Reached:
+        pass
     finally:
         handle.remove()
 
@@ -182,17 +209,20 @@ def capture(
     overflow: Overflow = "error",
     parse_special_tokens: bool = False,
     base_model: str = "",
+    chunk_tokens: int = PASS_TOKENS,
     progress: Callable[[int], None] | None = None,
 ) -> Activations:
     """Capture the vectors of `texts` at `positions`; all rows are encoded and checked before the model runs.
 
-    Rows keep the order of the texts, and within a text the order of the positions.
+    Rows keep the order of the texts, and within a text the order of the positions. `batch_size`, `chunk_tokens`,
+    `progress`: see `run_trunk`.
 
     Raises:
         TextError, ContextLengthError, PositionError: with the index of the text.
         VectorError: the model itself produced NaN, infinite or zero vectors.
     """
     check_batch_size(batch_size)
+    check_pass_tokens(chunk_tokens)
     limit = context_length(model.config)
     pieces: list[tuple[int, Encoded, list[int]]] = []
     for i, content in enumerate(texts):
@@ -215,6 +245,7 @@ def capture(
         [(encoded.ids, chosen) for _, encoded, chosen in pieces],
         pad_id=pad_id_of(tokenizer),
         batch_size=batch_size,
+        chunk_tokens=chunk_tokens,
         progress=progress,
     )
     rows = [(i, encoded, p) for i, encoded, chosen in pieces for p in chosen]
@@ -243,6 +274,66 @@ def _context(encoded: Encoded, position: int) -> str:
     return encoded.text[max(0, end - CONTEXT_CHARACTERS) : end]
 
 
+@dataclass(frozen=True)
+class _Trunk:
+    """A model read up to a site, in passes of at most `chunk` tokens where a document allows it."""
+
+    adapter: Adapter
+    model: Any
+    site: Site
+    pad_id: int
+    chunk: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where ids go: accelerate sends them on by itself where it has taken all weights away."""
+        places = (p.device for p in self.model.parameters())
+        return next((device for device in places if device.type != "meta"), torch.device("cpu"))
+
+    @property
+    def width(self) -> int:
+        """Width of the residual stream."""
+        return int(self.model.config.get_text_config().hidden_size)
+
+    def output(self, ids: Tensor, mask: Tensor, cache: DynamicCache | None = None) -> Tensor:
+        """The output of block K for `ids` [rows, length]: [rows, length, d]; the pass ends there."""
+        with block_outputs(self.adapter, self.model, self.site, stop=True) as outputs:
+            self.adapter.trunk(self.model)(
+                input_ids=ids.to(self.device),
+                attention_mask=mask.to(self.device),
+                past_key_values=cache,
+                use_cache=cache is not None,
+            )
+        return outputs[0]
+
+    def batch(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], *, masked: bool) -> list[Tensor]:
+        """The vectors of each sequence of a batch, float32 [positions, d] on the CPU.
+
+        Right padding needs no mask; `masked` gives one to hooks that want to know which tokens are real.
+        """
+        ids, mask = pad_right([ids for ids, _ in sequences], self.pad_id)
+        hidden = self.output(ids, mask if masked else torch.ones_like(mask))
+        rows = [row for row, (_, chosen) in enumerate(sequences) for _ in chosen]
+        columns = [p for _, chosen in sequences for p in chosen]
+        found = hidden[rows, columns].float().cpu()
+        return list(found.split([len(chosen) for _, chosen in sequences]))
+
+    def stream(self, ids: Sequence[int], chosen: Sequence[int]) -> Tensor:
+        """The vectors of one document that is longer than a chunk, float32 [positions, d] on the CPU."""
+        tokens = torch.tensor([list(ids)], dtype=torch.long)
+        cache = DynamicCache(config=self.model.config)
+        places = torch.tensor(list(chosen))
+        found = torch.empty(len(places), self.width)
+        for begin in range(0, len(ids), self.chunk):
+            end = min(begin + self.chunk, len(ids))
+            hidden = self.output(tokens[:, begin:end], torch.ones(1, end, dtype=torch.long), cache)
+            if int(cache.get_seq_length()) != end:  # gradient checkpointing and foreign models may leave the cache out
+                return self.batch([(ids, chosen)], masked=False)[0]
+            here = (begin <= places) & (places < end)
+            found[here] = hidden[0, (places[here] - begin).to(hidden.device)].float().cpu()
+        return found
+
+
 def run_trunk(
     adapter: Adapter,
     model: Any,
@@ -251,29 +342,42 @@ def run_trunk(
     *,
     pad_id: int,
     batch_size: int,
+    chunk_tokens: int = PASS_TOKENS,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Vectors of (ids, positions) pairs, in order: float32 [total positions, d] on the CPU.
 
-    Sequences of similar length share a batch; padding is on the right and masked.
+    Args:
+        sequences: token ids, and the positions that are asked for, counted from 0.
+        batch_size: sequences of one pass at most; those of similar length share one.
+        chunk_tokens: tokens of one pass at most, padding included; a longer sequence is read in several. While a
+            SteeringVector acts on the model, sequences are read whole.
+        progress: called with the number of sequences that have been read since; one without positions is not read.
+
+    Raises:
+        torch.OutOfMemoryError: one sequence alone does not fit; several are tried again in smaller batches.
+        VectorError: the model itself produced NaN or infinite vectors.
     """
-    width = int(model.config.get_text_config().hidden_size)
+    trunk = _Trunk(adapter, model, site, pad_id, chunk_tokens)
+    whole = is_steered(adapter, model)
+    read = [(ids if whole else ids[: max(chosen) + 1], chosen) for ids, chosen in sequences if len(chosen)]
+    if not read:
+        return torch.empty(0, trunk.width)
+    lengths = [len(ids) for ids, _ in read]
+    tokens = batch_size * max(lengths) if whole else chunk_tokens
+
+    def work(batch: Sequence[int]) -> list[Tensor]:
+        if lengths[batch[0]] > tokens:
+            return [trunk.stream(*read[batch[0]])]
+        return trunk.batch([read[i] for i in batch], masked=whole)
+
     found: dict[int, Tensor] = {}
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]))
-    device = next(model.parameters()).device
     with torch.inference_mode():
-        for begin in range(0, len(order), batch_size):
-            chunk = order[begin : begin + batch_size]
-            ids, mask = pad_right([sequences[i][0] for i in chunk], pad_id)
-            with block_outputs(adapter, model, site) as outputs:
-                adapter.trunk(model)(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
-            for row, i in enumerate(chunk):
-                found[i] = outputs[0][row, list(sequences[i][1])].float().cpu()
+        for batch, parts in run_batches(by_length(lengths, batch_size, tokens), work):
+            found.update(zip(batch, parts, strict=True))
             if progress is not None:
-                progress(len(chunk))
-    if not found:
-        return torch.empty(0, width)
-    vectors = torch.cat([found[i] for i in range(len(sequences))])
+                progress(len(batch))
+    vectors = torch.cat([found[i] for i in range(len(read))])
     if not bool(torch.isfinite(vectors).all()):
         bad = (~torch.isfinite(vectors).all(dim=-1)).nonzero().flatten().tolist()
         raise VectorError(

@@ -154,6 +154,12 @@ class SteeringVector:
                 object.__delattr__(block, _ATTRIBUTE)
 
 
+def is_steered(adapter: Adapter, model: nn.Module) -> bool:
+    """Whether a SteeringVector acts on `model` now: it counts positions from the prompt's end and must see it whole."""
+    found = (getattr(block, _ATTRIBUTE, None) for block in adapter.block_list(model))
+    return any(steered is not None and steered.active for steered in found)
+
+
 @contextmanager
 def unsteered(adapter: Adapter, model: nn.Module) -> Iterator[None]:
     """While open, no SteeringVector acts on `model`: for a base that plays another part meanwhile."""

@@ -12,12 +12,13 @@ import torch
 from conftest import Case, Spec
 from parity import check_generation, close, same_rows
 
-from nla_hub import NLA, memory, shared_prefix
+from nla_hub import NLA, memory
 from nla_hub.architecture import Architecture
+from nla_hub.engines import shared_prefix
 from nla_hub.engines import transformers as engine_module
+from nla_hub.engines.shared_prefix import SharedPrefix, TailCache, can_share
 from nla_hub.errors import Interrupted
 from nla_hub.memory import PartSize, Workload, working_bytes
-from nla_hub.shared_prefix import SharedPrefix, TailCache, can_share
 from nla_hub.testing import D_MODEL
 
 STEPS = 12

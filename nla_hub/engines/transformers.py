@@ -20,12 +20,12 @@ from nla_hub.architecture import Architecture
 from nla_hub.batching import run_batches
 from nla_hub.engines.base import Completion, LoadedAV, Reads, probe_vectors, require_kind, require_sensitive
 from nla_hub.engines.endings import Endings, eos_ids
+from nla_hub.engines.shared_prefix import SharedPrefix, TailCache, can_share, shared_attention
 from nla_hub.errors import ContextLengthError, Interrupted
 from nla_hub.hardware import free_memory
 from nla_hub.log import logger
 from nla_hub.memory import Workload, rows_that_fit
 from nla_hub.sampling import choose
-from nla_hub.shared_prefix import SharedPrefix, TailCache, can_share, shared_attention
 from nla_hub.source_text import context_length
 
 Cache = DynamicCache | TailCache
