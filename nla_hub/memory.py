@@ -18,6 +18,7 @@ import torch
 
 from nla_hub.adapters import Adapter
 from nla_hub.architecture import Architecture, tied
+from nla_hub.batching import PASS_TOKENS
 from nla_hub.sidecar import Site
 from nla_hub.weights import matches
 
@@ -267,16 +268,19 @@ def working_bytes(size: PartSize, work: Workload) -> int:
       log-softmax), 24 where tokens are drawn (two more in float64).
       Where a sliding window is shorter than prompt and answer: the pass over the whole prompt, then a key-value cache (see
       `cache_bytes`), `GROWTH` times, because `DynamicCache` appends by concatenation.
-    - *AR* and *source*: activations alone, T = max_new_tokens + template or the text's tokens; of a source the output of
-      block K besides.
+    - *AR* and *source*: activations alone, T = max_new_tokens + template or the text's tokens; rows x T is at most
+      `batching.PASS_TOKENS` where several rows run (a longer one runs alone). Of a source the output of block K besides; a text
+      longer than that is read in chunks, with the keys and values of all of it.
     """
     a, w, rows = size.architecture, size.width, work.batch_size
     wide = max(4 * a.mlp, (3 * a.heads + 4 * a.kv_heads) * a.head_dim)
     per_token = a.d_model * (3 * w + 4) + wide * w
     if size.name == "ar":
-        return rows * (work.max_new_tokens + work.template) * per_token
+        length = work.max_new_tokens + work.template
+        return max(length, min(rows * length, PASS_TOKENS)) * per_token
     if size.name == "source":
-        return rows * work.text * (per_token + a.d_model * w)
+        chunks = cache_bytes(a, 1, work.text, w) if work.text > PASS_TOKENS else 0
+        return chunks + min(rows * work.text, PASS_TOKENS) * (per_token + a.d_model * w)
     total = work.prompt + work.max_new_tokens
     logits = rows * a.vocabulary * ((w if w < 4 else 4) + (20 if work.sampled else 4) + (4 if w < 4 else 0))
     if work.shared and not any(window is not None and window < total for window in a.windows):

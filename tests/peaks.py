@@ -223,10 +223,11 @@ def estimated(root: Path, mode: str, work: Work, dtype: str = "float32") -> int:
             )
         )
     tokenizer = load_tokenizer(root / "source")
-    prompt = ARPrompt.build(tokenizer, ar)
+    prompt, question = ARPrompt.build(tokenizer, ar), AVPrompt.build(tokenizer, av)
     workload = Workload(
         batch_size=work.rows,
-        prompt=len(AVPrompt.build(tokenizer, av)),
+        prompt=len(question),
+        shared=question.marker_position,
         max_new_tokens=work.max_new_tokens,
         text=max(len(tokenizer(text)["input_ids"]) for text in texts_of(work)),
         # What is scored here are the texts themselves, not the explanations.

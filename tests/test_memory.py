@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from nla_hub import NLA, pretrained, weights
 from nla_hub.architecture import Architecture
+from nla_hub.batching import PASS_TOKENS
 from nla_hub.errors import WeightsError
 from nla_hub.hardware import _cgroup_left, _mem_available, free_memory
 from nla_hub.loading import open_pair
@@ -172,10 +173,24 @@ def test_staged_never_needs_more_than_resident(work: Workload, bytes_: list[int]
 @given(work=WORK)
 def test_more_work_needs_more(work: Workload) -> None:
     for name in ("av", "ar", "source"):
-        more = dataclasses.replace(
-            work, batch_size=work.batch_size + 1, text=work.text + 1, max_new_tokens=work.max_new_tokens + 1
-        )
-        assert working_bytes(part(name, 0), more) > working_bytes(part(name, 0), work)
+        size = part(name, 0)
+        rows = dataclasses.replace(work, batch_size=work.batch_size + 1)
+        longer = dataclasses.replace(work, text=work.text + 1, max_new_tokens=work.max_new_tokens + 1)
+        assert working_bytes(size, rows) >= working_bytes(size, work)  # passes of AR and source are bounded
+        assert working_bytes(size, longer) >= working_bytes(size, work)
+    alone = dataclasses.replace(work, batch_size=1, text=5 * PASS_TOKENS, max_new_tokens=5 * PASS_TOKENS)
+    for name in ("ar", "source"):
+        assert working_bytes(part(name, 0), alone) > working_bytes(part(name, 0), work)
+    many = dataclasses.replace(work, batch_size=work.batch_size + 1)
+    assert working_bytes(part("av", 0), many) > working_bytes(part("av", 0), work)
+
+
+def test_what_all_rows_share_is_counted_once() -> None:
+    size = part("av", 0)
+    apart, shared = Workload(48, 100, 150), Workload(48, 100, 150, shared=90)
+    assert working_bytes(size, shared) < 0.5 * working_bytes(size, apart)
+    windowed = PartSize("av", 0, 0, 0, dataclasses.replace(size.architecture, windows=(None, 200, None)), 4)
+    assert working_bytes(windowed, shared) == working_bytes(windowed, apart)
 
 
 @pytest.mark.parametrize(("share", "mode"), [(1.001, "resident"), (0.999, "staged")])
