@@ -68,7 +68,8 @@ def _save_model(directory: Path, model: Any, tokenizer: Any, dtype: torch.dtype)
             config = copy.deepcopy(config)
             config.tie_word_embeddings = False
     _save_state(directory, {adapter.stored_name(name): value for name, value in state.items()}, dtype)
-    _save_config(directory, config, dtype)
+    # transformers finds the class by itself; others (vLLM) take the first that goes by the config's type without this.
+    _save_config(directory, config, dtype, architecture=type(model).__name__)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
@@ -89,9 +90,11 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return one.data_ptr() == other.data_ptr() or torch.equal(one.to(other.device), other)
 
 
-def _save_config(directory: Path, config: Any, dtype: torch.dtype) -> None:
+def _save_config(directory: Path, config: Any, dtype: torch.dtype, *, architecture: str | None = None) -> None:
     config = copy.deepcopy(config)
     config.dtype = dtype
+    if architecture is not None:
+        config.architectures = [architecture]
     config.save_pretrained(directory)
 
 

@@ -14,6 +14,7 @@ from nla_hub import hub
 from nla_hub.adapters import adapter_for
 from nla_hub.architecture import tied
 from nla_hub.checkpoints import head_input_scale, load_ar, load_av
+from nla_hub.embedding import embedding_file, embedding_table
 from nla_hub.engines.base import LoadedAV, StoredAV
 from nla_hub.engines.choice import EngineChoice
 from nla_hub.errors import CheckpointError, HubNotFoundError, InputError, SidecarError
@@ -40,7 +41,7 @@ from nla_hub.reconstructor import ARModel, Reconstructor
 from nla_hub.sidecar import Sidecar
 from nla_hub.source_text import context_length
 from nla_hub.verbalizer import Verbalizer
-from nla_hub.weights import WeightIndex, matches
+from nla_hub.weights import StoredSlice, WeightIndex, matches
 
 
 def check_components(components: Sequence[str]) -> set[str]:
@@ -241,7 +242,7 @@ def stored_av(half: Half, options: LoadOptions, *, weights: bool) -> StoredAV:
     known = (half.tokenizer, AVPrompt.build(half.tokenizer, half.sidecar), _injector(half), options.torch_dtype())
     directory = half.files.directory
     if not weights:
-        return StoredAV(half.files.model_directory, config, *known)
+        return StoredAV(half.files.model_directory, config, *known, embedding=partial(embedding_of, half))
     if half.files.form == "model" and config is half.config and has_tokenizer(directory) and plain_head(half):
         verify_causal_lm(directory, options)
         return StoredAV(directory, config, *known)
@@ -253,6 +254,20 @@ def stored_av(half: Half, options: LoadOptions, *, weights: bool) -> StoredAV:
         scratch.cleanup()
         raise
     return StoredAV(Path(scratch.name), config, *known, scratch)
+
+
+def embedding_of(half: Half) -> StoredSlice:
+    """A half's embedding table on disk (of a LoRA: its base's), of which the one file that holds it is fetched.
+
+    Raises:
+        WeightsError: no table, or more than one. HubError and its children.
+    """
+    under = half.under or Under(half.checkpoint, half.place.folder)
+    prefix = f"{under.folder}/" if under.folder else ""
+    names = [name.removeprefix(prefix) for name in under.checkpoint.files if name.startswith(prefix)]
+    name = embedding_file(half.files.model_directory, names, half.adapter)
+    root = under.checkpoint.fetch([f"{prefix}{name}"])
+    return embedding_table(root / under.folder, name, half.adapter)
 
 
 def plain_head(half: Half) -> bool:

@@ -112,7 +112,7 @@ def build(pair: Pair, *, engine: EngineChoice, memory: Memory, load_options: Loa
     """
     if memory not in get_args(Memory):
         raise InputError("Unknown memory mode.", got=repr(memory), expected=", ".join(map(repr, get_args(Memory))))
-    mode: Mode = _choose(pair, load_options) if memory == "auto" else memory
+    mode: Mode = _choose(pair, engine, load_options) if memory == "auto" else memory
     if mode == "shared":
         parts = _shared(pair, engine, load_options)
     else:
@@ -125,10 +125,10 @@ def build(pair: Pair, *, engine: EngineChoice, memory: Memory, load_options: Loa
     return parts, mode
 
 
-def _choose(pair: Pair, options: LoadOptions) -> Mode:
+def _choose(pair: Pair, engine: EngineChoice, options: LoadOptions) -> Mode:
     """What "auto" takes; where a size cannot be told the loader itself says best what is wrong."""
     try:
-        return choose_mode(pair, options)
+        return choose_mode(pair, options, elsewhere=("av",) if engine.reads == "contract" else ())
     except NLAError:
         return "resident"
 

@@ -295,7 +295,14 @@ adapters: Registry[Adapter] = Registry(
     read_adapter,
 )
 engines: Registry[type[Engine]] = Registry(
-    "engine", "nla_hub.engines", {"transformers": "nla_hub.engines.transformers:TransformersEngine"}, read_engine
+    "engine",
+    "nla_hub.engines",
+    {
+        "transformers": "nla_hub.engines.transformers:TransformersEngine",
+        "vllm": "nla_hub.engines.vllm.engine:VLLMEngine",
+        "remote": "nla_hub.engines.remote.engine:RemoteEngine",
+    },
+    read_engine,
 )
 labelers: Registry[type[Labeler]] = Registry(
     "labeler",

@@ -6,7 +6,7 @@ Headers are read from the files that are here, and requested from the Hub for th
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -43,8 +43,12 @@ def pair_sizes(pair: Pair, options: LoadOptions, *, source: bool = True) -> list
     return sizes
 
 
-def choose_mode(pair: Pair, options: LoadOptions, work: Workload | None = None) -> Mode:
+def choose_mode(
+    pair: Pair, options: LoadOptions, work: Workload | None = None, *, elsewhere: Collection[str] = ()
+) -> Mode:
     """What `memory="auto"` takes for an opened pair: "resident" where everything fits into what is free, else "staged".
+
+    `elsewhere` are the halves that some other machine runs.
 
     Nobody is asked over the network: a source that is not here counts as its AV's equal up to the site (the AV is a
     fine-tune of it, or lies on it), and is left out where only one half is wanted.
@@ -52,7 +56,7 @@ def choose_mode(pair: Pair, options: LoadOptions, work: Workload | None = None) 
     Raises:
         WeightsError: a half whose headers cannot be read.
     """
-    sizes = pair_sizes(pair, options, source=False)
+    sizes = pair_sizes(replace(pair, wanted=pair.wanted - set(elsewhere)), options, source=False)
     half = pair.av if "av" in pair.wanted else pair.ar
     if len(pair.wanted) == 2 and half is not None:
         sizes.append(_like_source(half, options))

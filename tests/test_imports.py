@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("opening",),
     ("loading",),
     ("sizing",),
-    ("parts", "round_trip", "convert"),
+    ("parts", "round_trip", "convert", "serving"),
     ("nla",),
     ("report", "explain", "evaluation"),
     ("training", "publish"),

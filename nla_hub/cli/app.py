@@ -22,8 +22,8 @@ from nla_hub import __version__
 from nla_hub.cli import output, wording
 from nla_hub.errors import NLAError
 
-COMMANDS = ("explain", "eval", "steer", "train", "models", "recipes", "convert", "doctor")
-"""Files of this package, in the order of `nla-hub --help`."""
+COMMANDS = ("explain", "eval", "steer", "train", "models", "recipes", "convert", "bench", "serve-command", "doctor")
+"""Commands in the order of `nla-hub --help`; each is in the file of this package that is named like it, with "_" for "-"."""
 
 EXIT_ROWS_IN_ERROR = 4
 EXIT_INTERRUPTED = 130
@@ -116,7 +116,7 @@ def _root(
 
 
 for _name in COMMANDS:
-    import_module(f"nla_hub.cli.{_name}").register(app)
+    import_module(f"nla_hub.cli.{_name.replace('-', '_')}").register(app)
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from nla_hub.injection import Injector
 from nla_hub.pretrained import LoadedModel
 from nla_hub.prompts import AVPrompt
 from nla_hub.sidecar import Injection
+from nla_hub.weights import StoredSlice
 
 Finish = Literal["tag", "eos", "length"]
 
@@ -55,6 +56,8 @@ class StoredAV:
         dtype: what to compute in.
         scratch: holds `directory` where it was written for this AV alone (a LoRA merged into its base, a text model taken
             out of a wrapper); whoever closes the engine cleans it up.
+        embedding: the embedding table [vocabulary, d] on disk (of a LoRA: its base's); calling it fetches the one file that
+            holds it, where the weights are elsewhere. Rows are read as they are indexed.
     """
 
     directory: Path
@@ -64,6 +67,7 @@ class StoredAV:
     injector: Injector
     dtype: torch.dtype
     scratch: TemporaryDirectory[str] | None = None
+    embedding: Callable[[], StoredSlice] | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,7 @@ class Engine(Protocol):
 
     A third party registers a class with this shape under the entry-point group `nla_hub.engines`. It may take keyword-only
     options after the AV: `engine_options` of `NLA.from_pretrained` become those.
+    A class attribute `exact_draws = False` says that the uniforms only seed draws of its own (`testing.check_engine` asks).
     """
 
     name: ClassVar[str]

@@ -22,7 +22,7 @@ class EngineChoice:
     """
 
     name: str = "auto"
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict, repr=False)  # there may be a key among them
 
     @property
     def type(self) -> type[Engine]:

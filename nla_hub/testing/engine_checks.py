@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nla_hub import registry
-from nla_hub.engines.base import Completion, Engine, LoadedAV
+from nla_hub.engines.base import Completion, Engine, LoadedAV, StoredAV
 from nla_hub.errors import InjectionError
 from nla_hub.export import save_av
 from nla_hub.prompts import CLOSING_TAG
@@ -28,6 +28,8 @@ BATCH_SIZES = (1, 3, 7)
 KINDS: tuple[InjectionKind, ...] = ("overwrite", "add")
 FLAT = 50.0
 """A temperature at which every token of a random model is about equally likely, so that a draw can ask for any of them."""
+HOT = 2.0
+"""As hot as engines go that draw by themselves (vLLM)."""
 
 
 def check_engine(engine_type: type[Engine], av: LoadedAV) -> None:
@@ -40,8 +42,12 @@ def check_engine(engine_type: type[Engine], av: LoadedAV) -> None:
     this AV and refuses one whose vector does not reach its logits; that kinds it does not declare are refused; that it can be
     closed twice.
 
+    An engine that draws by itself (`exact_draws = False`) cannot be told what to write: its drawn tokens must be repeated in
+    other batches, have the log-probabilities that an independent forward pass gives them, and end where a row ends.
+
     Args:
-        engine_type: what a plug-in registers under `nla_hub.engines`.
+        engine_type: what a plug-in registers under `nla_hub.engines`. One that reads files is given those of `av`; one whose
+            weights are elsewhere cannot be checked here.
         av: a good AV; its weights are not changed.
 
     Raises:
@@ -54,6 +60,10 @@ def check_engine(engine_type: type[Engine], av: LoadedAV) -> None:
     with faults.part("av"):
         kinds = {value.dtype for value in av.loaded.model.parameters()}
         require(kinds == {torch.float32}, f"its weights are {', '.join(sorted(map(str, kinds)))}, expected float32")
+    with faults.part("reads"):
+        require(
+            getattr(engine_type, "reads", "model") != "contract", "its weights are elsewhere: it cannot run this AV"
+        )
     faults.raise_if_any(what, next_step)
     adapter = av.loaded.adapter
     with registry.adapters.lend(adapter.name, adapter):
@@ -75,21 +85,28 @@ def _check_kind(faults: Faults, engine_type: type[Engine], av: LoadedAV) -> None
     kind = av.injector.spec.kind
     engine: Any = None
     with faults.part(f"{kind}: construction"):
-        engine = engine_type(av)
+        engine = engine_type(_given(engine_type, av))
     if engine is None:
         return
     vectors = sample_vectors(av.loaded.d_model)
     with faults.part(f"{kind}: probe"):
         engine.probe()
     draws = uniforms(0, [RowKey(str(i)) for i in range(len(vectors))], STEPS)
+    exact = getattr(engine_type, "exact_draws", True)
     for title, given, temperature in (("greedy", None, 1.0), ("drawn", draws, 0.8)):
+        if given is not None and not exact:
+            continue
         expected = reference_rows(av, vectors, STEPS, given, temperature)
         for batch_size in BATCH_SIZES:
             with faults.part(f"{kind}: {title}, batches of {batch_size}"):
                 found = _generate(engine, vectors, given, temperature, STEPS, batch_size)
                 require(not (wrong := rows_differ(av, found, expected)), wrong)
-    with faults.part(f"{kind}: where a row ends"):
-        _endings(engine, av, vectors)
+    if exact:
+        with faults.part(f"{kind}: where a row ends"):
+            _endings(engine, av, vectors)
+    else:
+        with faults.part(f"{kind}: drawn by itself"):
+            _own_draws(engine, av, vectors)
     with faults.part(f"{kind}: no rows"):
         require(_generate(engine, vectors[:0], None, 1.0, 2, 4) == [], "completions for no vectors")
     with faults.part(f"{kind}: progress"):
@@ -184,6 +201,39 @@ def _endings(engine: Engine, av: LoadedAV, vectors: Tensor) -> None:
             require(not wrong, f"row {row} in batches of {batch_size}: {wrong}")
 
 
+def _own_draws(engine: Engine, av: LoadedAV, vectors: Tensor) -> None:
+    """What an engine that draws by itself must hold to, in short rows and in rows of which some will meet their end."""
+    for temperature, n, steps in ((0.8, 1, STEPS), (HOT, 16, 40)):
+        rows = vectors.repeat(n, 1)
+        draws = uniforms(0, [RowKey(str(i)) for i in range(len(rows))], steps)
+        found = _generate(engine, rows, draws, temperature, steps, len(rows))
+        require(len(found) == len(rows), f"{len(found)} completions for {len(rows)} vectors")
+        require(len({completion.ids for completion in found}) > 1, "every row is the same, whatever was drawn")
+        padded = [[*completion.ids, *[0] * (steps - len(completion.ids))] for completion in found]
+        logprobs = (reference_logits(av, rows, torch.tensor(padded)) / temperature).log_softmax(-1)
+        for row, completion in enumerate(found):
+            ids, finish = _ended(av, completion.ids)
+            finish = finish if finish != "length" or len(ids) == steps else "tag or eos"
+            require(list(completion.ids) == ids, f"row {row} goes on after its end: {list(completion.ids)}")
+            require(not (wrong := _faulty(completion, finish, av)), f"row {row}: {wrong}")
+            at = torch.arange(len(ids))
+            off = float((completion.logprobs.cpu() - logprobs[row, at, torch.tensor(ids)]).abs().max())
+            require(off <= NEAR_TIE, f"row {row}: a log-probability is off by {off:.1e}")
+        turned = list(range(len(rows)))[::-1]
+        again = _generate(engine, rows[turned], draws[turned], temperature, steps, 3)
+        require(
+            [again[len(rows) - 1 - i].ids for i in range(len(rows))] == [completion.ids for completion in found],
+            "the same draws give other tokens in another order",
+        )
+
+
+def _given(engine_type: type[Engine], av: LoadedAV) -> LoadedAV | StoredAV:
+    """What an engine's constructor is given: the AV, or its files."""
+    if getattr(engine_type, "reads", "model") == "model":
+        return av
+    return StoredAV(av.directory, av.config, av.tokenizer, av.prompt, av.injector, torch.float32)
+
+
 def _generate(
     engine: Engine, vectors: Tensor, draws: Tensor | None, temperature: float, steps: int, batch_size: int
 ) -> list[Completion]:
@@ -212,7 +262,7 @@ def _deaf(av: LoadedAV, folder: Path) -> LoadedAV:
 
 
 def _refuses_deaf(engine_type: type[Engine], av: LoadedAV) -> bool:
-    engine = engine_type(av)
+    engine = engine_type(_given(engine_type, av))
     try:
         engine.probe()
     except InjectionError:
@@ -224,7 +274,7 @@ def _refuses_deaf(engine_type: type[Engine], av: LoadedAV) -> bool:
 
 def _refuses(engine_type: type[Engine], av: LoadedAV) -> bool:
     try:
-        engine_type(av).close()
+        engine_type(_given(engine_type, av)).close()
     except InjectionError:
         return True
     return False
