@@ -275,7 +275,9 @@ def test_the_attention_is_that_of_the_formula(group: int, softcap: float | None,
     module.layer_idx = 0  # type: ignore[assignment]
     token = shared_prefix._RUNNING.set(cache)
     try:
-        found, _ = shared_prefix.attend(module, query, key, value, scaling=0.3, softcap=softcap)
+        found, _ = shared_prefix.attend(
+            module, query, key.transpose(0, 1), value.transpose(0, 1), scaling=0.3, softcap=softcap
+        )
     finally:
         shared_prefix._RUNNING.reset(token)
     for row in range(n):
