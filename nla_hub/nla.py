@@ -195,7 +195,7 @@ class NLA:
     def close(self) -> None:
         """Stop what the engine runs beside this process, and free the parts; `with NLA.from_pretrained(...) as nla:` does it.
 
-        Nothing needs to be closed where the engine is "transformers".
+        Nothing needs to be closed where the engine is "transformers". What is asked for next is loaded again.
         """
         self._parts.close()
 
@@ -366,7 +366,7 @@ class NLA:
             TextError, ContextLengthError: with the index of the text.
         """
         if isinstance(texts, str):
-            return self.ar.reconstruct([texts])[0]
+            return self.ar.reconstruct([texts], batch_size=_rows(batch_size))[0]
         if not isinstance(texts, Sequence):
             raise InputError("Texts are expected here.", got=type(texts).__name__, expected="a text, or a list of them")
         return self.ar.reconstruct(list(texts), batch_size=_rows(batch_size))

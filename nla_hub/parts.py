@@ -92,11 +92,10 @@ class Parts:
         free_memory()
 
     def close(self) -> None:
-        """Stop what parts run beside their weights (processes, threads, connections), and free every part."""
+        """Stop what parts run beside their weights (processes, threads, connections), and free what could be loaded again."""
         for part in self._here.values():
             _close(part)
-        self._here.clear()
-        free_memory()
+        self.release()
 
 
 def _close(part: Any) -> None:

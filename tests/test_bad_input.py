@@ -70,7 +70,7 @@ def test_settings_out_of_range_are_refused_before_anything_runs(untouched: NLA, 
         untouched.verbalize(rows(2), **settings)
 
 
-@pytest.mark.parametrize("batch_size", [0, -1, 1.5, None])
+@pytest.mark.parametrize("batch_size", [0, -1, 1.5, True, "8"])
 def test_a_batch_size_out_of_range_is_refused_everywhere(llama: Case, batch_size: Any) -> None:
     with pytest.raises(InputError, match="batch_size"):
         llama.nla.capture("the cat", batch_size=batch_size)

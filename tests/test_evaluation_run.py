@@ -46,13 +46,25 @@ class PlantedEngine:
     default: str = "<explanation>next the</explanation>"
     drawn: dict[str, str] = field(default_factory=dict)
     sampled: list[tuple[int, float]] = field(default_factory=list)
+    known: torch.Tensor | None = None
+
+    def close(self):
+        pass
+
+    def key(self, vector):
+        """A vector's hash; that of a known one where they differ by rounding alone (captured in another batch)."""
+        if self.known is None:
+            return vector_hash(vector)
+        off = (self.known - vector).norm(dim=-1)
+        near = int(off.argmin())
+        return vector_hash(self.known[near] if off[near] <= 1e-4 * vector.norm() else vector)
 
     def generate(self, vectors, draws, *, temperature, **settings):
         texts = self.texts
         if draws is not None:
             self.sampled.append((len(vectors), temperature))
             texts = texts | self.drawn
-        return [Completion((), texts.get(vector_hash(v), self.default), "tag", torch.zeros(0)) for v in vectors]
+        return [Completion((), texts.get(self.key(v), self.default), "tag", torch.zeros(0)) for v in vectors]
 
 
 @dataclass
@@ -78,6 +90,7 @@ class World:
     vectors: torch.Tensor
 
     def say(self, texts: list[str]) -> None:
+        self.engine.known = self.vectors
         self.engine.texts = {
             vector_hash(v): f"<explanation>{t}</explanation>" for v, t in zip(self.vectors, texts, strict=True)
         }

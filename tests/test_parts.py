@@ -246,3 +246,13 @@ def test_a_lora_is_laid_over_a_quantised_base(lora_pair: Built) -> None:
     found = nla.reconstruct(list(TEXTS))
     assert lora_pair.vectors is not None
     assert float(torch.cosine_similarity(found, lora_pair.vectors, dim=-1).min()) > 0.95
+
+
+def test_a_closed_pair_has_given_everything_back_and_can_be_asked_again(llama: Case) -> None:
+    with NLA.from_pretrained(llama.pair.root) as nla:
+        before = nla.reconstruct("the cat")
+        closed: list[str] = []
+        nla.av.engine.close = lambda: closed.append("engine")  # type: ignore[method-assign]
+        assert set(nla._parts.loaded) >= {"av", "ar"}
+    assert (closed, nla._parts.loaded) == (["engine"], ())
+    assert torch.equal(nla.reconstruct("the cat"), before)
