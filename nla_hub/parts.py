@@ -93,8 +93,9 @@ class Parts:
 
     def close(self) -> None:
         """Stop what parts run beside their weights (processes, threads, connections), and free what could be loaded again."""
-        for part in self._here.values():
-            _close(part)
+        for name, part in self._here.items():
+            if name not in self._loaders:
+                _close(part)
         self.release()
 
 
