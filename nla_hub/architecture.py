@@ -56,3 +56,14 @@ def tied(config: Any) -> bool:
     """Whether the lm_head is the embedding."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return bool(getattr(text, "tie_word_embeddings", False))
+
+
+def causal_class(config: Any) -> str | None:
+    """transformers' class of a complete text model with this config; None where it knows none.
+
+    For programs that go by `architectures`: a config that says nothing there, or a wrapper's name, misleads them.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    return None if name is None else str(name)

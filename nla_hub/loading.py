@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -243,7 +243,8 @@ def stored_av(half: Half, options: LoadOptions, *, weights: bool) -> StoredAV:
     directory = half.files.directory
     if not weights:
         return StoredAV(half.files.model_directory, config, *known, embedding=partial(embedding_of, half))
-    if half.files.form == "model" and config is half.config and has_tokenizer(directory) and plain_head(half):
+    plain = half.files.form == "model" and config is half.config and has_tokenizer(directory)
+    if plain and not denies_head(half, WeightIndex.read(directory).tensors):
         verify_causal_lm(directory, options)
         return StoredAV(directory, config, *known)
     scratch = TemporaryDirectory(prefix="nla-hub-av-")
@@ -270,10 +271,9 @@ def embedding_of(half: Half) -> StoredSlice:
     return embedding_table(root / under.folder, name, half.adapter)
 
 
-def plain_head(half: Half) -> bool:
-    """Whether an AV's files hold no lm_head that its config denies: transformers loads such a head, others do not."""
-    names = WeightIndex.read(half.files.directory).tensors
-    return not (tied(half.config) and any(matches(name, half.adapter.lm_head_weights) for name in names))
+def denies_head(half: Half, stored: Collection[str]) -> bool:
+    """Whether among an AV's stored weights is an lm_head that its config denies: transformers loads it, others do not."""
+    return tied(half.config) and any(matches(name, half.adapter.lm_head_weights) for name in stored)
 
 
 def load_reconstructor(half: Half, options: LoadOptions) -> Reconstructor:

@@ -13,21 +13,19 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
 from nla_hub import hub
-from nla_hub.architecture import tied
+from nla_hub.architecture import causal_class
 from nla_hub.embedding import embedding_names
 from nla_hub.engines.base import require_kind
 from nla_hub.engines.remote.engine import DTYPES, RemoteEngine
 from nla_hub.errors import CheckpointError, WeightsError
 from nla_hub.layouts import files_of
-from nla_hub.loading import Pair
+from nla_hub.loading import Pair, denies_head
 from nla_hub.opening import Half
 from nla_hub.pretrained import TORCH_DTYPES, has_tokenizer
 from nla_hub.prompts import AVPrompt
 from nla_hub.source_text import context_length
-from nla_hub.weights import INDEX_NAME, WeightIndex, matches
+from nla_hub.weights import INDEX_NAME, WeightIndex
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ def serving(
         argv += ["--revision", revision, "--tokenizer-revision", revision]
     if not has_tokenizer(half.files.directory):
         argv += ["--tokenizer", str(half.tokenizer.name_or_path)]
-    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(half.config.model_type)
+    name = causal_class(half.config)
     if name is not None and name not in (getattr(half.config, "architectures", None) or ()):
         # A config that says nothing, or a wrapper's name, makes vLLM leave the lm_head out.
         argv += ["--hf-overrides", json.dumps({"architectures": [name]})]
@@ -135,7 +133,7 @@ def _as_it_lies(half: Half) -> str | None:
 
 def _own_head(half: Half, stored: Collection[str]) -> str | None:
     """Why vLLM would read an AV as another model than transformers does, by the names of its weights; None where not."""
-    if tied(half.config) and any(matches(weight, half.adapter.lm_head_weights) for weight in stored):
+    if denies_head(half, stored):
         return "This AV has an lm_head of its own that its config denies: vLLM would leave it out."
     return None
 

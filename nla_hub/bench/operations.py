@@ -22,9 +22,9 @@ from nla_hub.bench.subject import Subject, engine_on
 from nla_hub.bench.texts import random_texts
 from nla_hub.bench.timing import Timed, interleaved
 from nla_hub.capture import capture
-from nla_hub.engines.base import LoadedAV
+from nla_hub.engines.base import LoadedAV, require_room
 from nla_hub.engines.choice import EngineChoice
-from nla_hub.errors import ContextLengthError, NLAError
+from nla_hub.errors import NLAError
 from nla_hub.sidecar import Sidecar
 from nla_hub.source_text import context_length
 
@@ -96,13 +96,7 @@ def verbalize(subject: Subject, settings: Settings, limits: Limits) -> Iterator[
     av, sidecar = subject.av()
     new, n = settings.max_new_tokens, settings.rows_of("verbalize")
     limit = context_length(av.config)
-    if limit is not None and len(av.prompt) + new > limit:
-        raise ContextLengthError(
-            "The AV cannot write answers as long as this.",
-            got=f"{new} tokens after a prompt of {len(av.prompt)}",
-            expected=f"at most {limit - len(av.prompt)}",
-            next_step=f"--max-new-tokens {limit - len(av.prompt)}",
-        )
+    require_room(av, new, limit, next_step=f"--max-new-tokens {(limit or 0) - len(av.prompt)}")
     reference = plain.PlainAV(av)
     vectors = torch.randn(n, av.loaded.d_model, generator=torch.Generator().manual_seed(settings.seed))
     least = _decoding(av, min(n, settings.batch_size)).least_seconds(new, bandwidth=limits.bandwidth, rate=limits.rate)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from nla_hub.errors import InjectionError
+from nla_hub.errors import ContextLengthError, InjectionError
 from nla_hub.injection import Injector
 from nla_hub.pretrained import LoadedModel
 from nla_hub.prompts import AVPrompt
@@ -139,6 +139,22 @@ def require_kind(engine: type[Engine], spec: Injection) -> None:
             expected=" or ".join(sorted(engine.kinds)),
             next_step='use engine="transformers"',
         )
+
+
+def require_room(av: Any, new: int, longest: int | None, **details: Any) -> None:
+    """Raise a ContextLengthError where an AV's prompt and `new` tokens are more than `longest` (None: no bound).
+
+    `details` are the error's own: where, expected, next_step.
+    """
+    prompt = len(av.prompt)
+    if longest is not None and prompt + new > longest:
+        told = {
+            "got": f"max_new_tokens={new} after a prompt of {prompt}",
+            "expected": f"at most {longest - prompt}",
+            "next_step": f"ask for shorter answers: max_new_tokens={longest - prompt}",
+            **details,
+        }
+        raise ContextLengthError("The AV cannot write answers as long as this.", **told)
 
 
 def probe_vectors(d_model: int, n: int = 2) -> Tensor:

@@ -18,10 +18,18 @@ from transformers import DynamicCache
 
 from nla_hub.architecture import Architecture
 from nla_hub.batching import run_batches
-from nla_hub.engines.base import Completion, LoadedAV, Reads, probe_vectors, require_kind, require_sensitive
+from nla_hub.engines.base import (
+    Completion,
+    LoadedAV,
+    Reads,
+    probe_vectors,
+    require_kind,
+    require_room,
+    require_sensitive,
+)
 from nla_hub.engines.endings import Endings, eos_ids
 from nla_hub.engines.shared_prefix import SharedPrefix, TailCache, can_share, shared_attention
-from nla_hub.errors import ContextLengthError, Interrupted
+from nla_hub.errors import Interrupted
 from nla_hub.hardware import free_memory
 from nla_hub.log import logger
 from nla_hub.memory import Workload, rows_that_fit
@@ -100,13 +108,7 @@ class TransformersEngine:
             ContextLengthError: prompt and answer do not fit into what the AV reads.
             Interrupted: Ctrl-C; carries the completions that are done.
         """
-        limit = context_length(self.model.config)
-        if limit is not None and len(self.av.prompt) + max_new_tokens > limit:
-            raise ContextLengthError(
-                "The AV cannot write answers as long as this.",
-                got=f"max_new_tokens={max_new_tokens} after a prompt of {len(self.av.prompt)}",
-                expected=f"at most {limit - len(self.av.prompt)}",
-            )
+        require_room(self.av, max_new_tokens, context_length(self.model.config))
         found: dict[int, Completion] = {}
 
         def run(rows: Sequence[int]) -> None:
@@ -225,5 +227,5 @@ def _agree(one: Tensor, other: Tensor) -> bool:
 
 
 TOLERANCE = 2.0
-"""Times the root of the dtype's rounding unit (float32 7e-4, bfloat16 0.18), relative to the largest logit. Two right routes
-differ by about 1e-6 in float32; another attention, by more than a tenth."""
+"""Times the root of the dtype's rounding unit (float32 7e-4, bfloat16 0.18), relative to the largest logit: far above rounding,
+which is about 1e-6 in float32."""

@@ -23,13 +23,21 @@ import torch
 from torch import Tensor
 
 from nla_hub.embedding import embedded, embedding_file, embedding_table, stored_dtype
-from nla_hub.engines.base import Completion, Reads, StoredAV, probe_vectors, require_kind, require_sensitive
+from nla_hub.engines.base import (
+    Completion,
+    Reads,
+    StoredAV,
+    probe_vectors,
+    require_kind,
+    require_room,
+    require_sensitive,
+)
 from nla_hub.engines.endings import Endings
 from nla_hub.engines.remote import answers
 from nla_hub.engines.remote.answers import Served
 from nla_hub.engines.remote.pace import Batch
 from nla_hub.engines.remote.transport import Address, Client, ServerError
-from nla_hub.errors import ContextLengthError, InjectionError, InputError, Interrupted, VectorError
+from nla_hub.errors import InjectionError, InputError, Interrupted, VectorError
 from nla_hub.prompts import CLOSING_TAG, OPENING_TAG
 from nla_hub.sampling import request_seed
 from nla_hub.source_text import context_length
@@ -347,14 +355,13 @@ class RemoteEngine:
     def _require_room(self, new: int) -> None:
         """Raise a ContextLengthError where prompt and answer are more than the AV, or its server, reads."""
         limits = [limit for limit in (context_length(self.av.config), self.served.max_model_len) if limit is not None]
-        if limits and len(self.av.prompt) + new > min(limits):
-            raise ContextLengthError(
-                "The AV cannot write answers as long as this.",
-                where=self._client.address,
-                got=f"max_new_tokens={new} after a prompt of {len(self.av.prompt)}",
-                expected=f"at most {min(limits) - len(self.av.prompt)}",
-                next_step=f"ask for less, or {answers.START}, with a larger --max-model-len",
-            )
+        require_room(
+            self.av,
+            new,
+            min(limits, default=None),
+            where=self._client.address,
+            next_step=f"ask for less, or {answers.START}, with a larger --max-model-len",
+        )
 
 
 def _encoded(rows: Tensor) -> str:

@@ -17,13 +17,21 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from nla_hub.engines.base import Completion, Reads, StoredAV, probe_vectors, require_kind, require_sensitive
+from nla_hub.architecture import causal_class
+from nla_hub.engines.base import (
+    Completion,
+    Reads,
+    StoredAV,
+    probe_vectors,
+    require_kind,
+    require_room,
+    require_sensitive,
+)
 from nla_hub.engines.endings import Endings
 from nla_hub.engines.vllm.room import room
 from nla_hub.engines.vllm.start import Running, sampling_params
-from nla_hub.errors import ContextLengthError, InjectionError, InputError, Interrupted, NLAError
+from nla_hub.errors import InjectionError, InputError, Interrupted, NLAError
 from nla_hub.log import logger
 from nla_hub.prompts import CLOSING_TAG
 from nla_hub.sampling import request_seed
@@ -142,7 +150,7 @@ class VLLMEngine:
                 devices=options["tensor_parallel_size"],
             )
             options |= {"kv_cache_memory_bytes": found.cache, "gpu_memory_utilization": found.share}
-        if (name := MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(self.av.config.model_type)) is not None:
+        if (name := causal_class(self.av.config)) is not None:
             # A text model out of a wrapper says nothing or the wrapper's name, and vLLM would leave its lm_head out.
             options["hf_overrides"] = {"architectures": [name]}
         return {
@@ -177,13 +185,14 @@ class VLLMEngine:
             would change. NLAError: the engine is closed, or vLLM stopped. Interrupted: Ctrl-C; carries the completions
             that are done.
         """
-        if len(self.av.prompt) + max_new_tokens > self.max_model_len:
-            raise ContextLengthError(
-                "The AV cannot write answers as long as this.",
-                got=f"max_new_tokens={max_new_tokens} after a prompt of {len(self.av.prompt)}",
-                expected=f"at most {self.max_model_len - len(self.av.prompt)}, as the engine was started",
-                next_step=f'engine_options={{"max_model_len": {len(self.av.prompt) + max_new_tokens}}}',
-            )
+        prompt = len(self.av.prompt)
+        require_room(
+            self.av,
+            max_new_tokens,
+            self.max_model_len,
+            expected=f"at most {self.max_model_len - prompt}, as the engine was started",
+            next_step=f'engine_options={{"max_model_len": {prompt + max_new_tokens}}}',
+        )
         if draws is not None and not COLDEST <= temperature <= HOTTEST:
             raise InputError(
                 "vLLM does not draw at this temperature.",
