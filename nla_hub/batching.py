@@ -7,6 +7,8 @@ it, so such a batch needs no mask.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
@@ -54,6 +56,20 @@ def by_length(lengths: Sequence[int], rows: int, tokens: int = PASS_TOKENS) -> l
     return batches
 
 
+_halvings: ContextVar[list[int] | None] = ContextVar("halvings", default=None)
+
+
+@contextmanager
+def halvings() -> Iterator[list[int]]:
+    """While open, collects the number of rows that `run_batches` went on with, each time memory did not suffice."""
+    seen: list[int] = []
+    token = _halvings.set(seen)
+    try:
+        yield seen
+    finally:
+        _halvings.reset(token)
+
+
 def run_batches(batches: Iterable[Sequence[T]], work: Callable[[Sequence[T]], R]) -> Iterator[tuple[Sequence[T], R]]:
     """Each batch with what `work` makes of it, in order. Out of memory halves a batch, and all later ones as well.
 
@@ -78,6 +94,8 @@ def run_batches(batches: Iterable[Sequence[T]], work: Callable[[Sequence[T]], R]
             # Outside of the handler, where nothing holds on to the failed batch any more.
             free_memory()
             logger.warning("out of memory: going on with %d rows at a time", limit)
+            if (seen := _halvings.get()) is not None:
+                seen.append(limit)
 
 
 def pad_right(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,6 @@ is asked for is not read at all, and a long document is read chunk by chunk with
 
 from __future__ import annotations
 
-import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,17 +27,12 @@ from nla_hub.batching import (
     pad_right,
     run_batches,
 )
-from nla_hub.errors import PositionError, VectorError
+from nla_hub.errors import VectorError
+from nla_hub.positions import Positions, select_positions
 from nla_hub.sampling import RowKey, document_hash
 from nla_hub.sidecar import Site
 from nla_hub.source_text import Content, Encoded, Overflow, context_length, encode_source
 from nla_hub.steering import is_steered
-
-Positions = int | Sequence[int] | slice | str | Callable[[Encoded], Sequence[int]]
-"""Which tokens of a text: an index (negative counts from the end), several, a slice, "last", "all", "user", "assistant", or
-a function from the encoded text to indices."""
-
-NAMED_POSITIONS = ("last", "all", "user", "assistant")
 
 
 @dataclass(frozen=True, eq=False)  # tensors have no single truth value to compare by
@@ -135,67 +129,6 @@ def block_outputs(adapter: Adapter, model: nn.Module, site: Site, *, stop: bool 
         handle.remove()
 
 
-def select_positions(encoded: Encoded, positions: Positions, *, where: str = "text") -> list[int]:
-    """The indices (into this piece) that `positions` names, in order.
-
-    Raises:
-        PositionError: out of range, unknown word, or a role that the text does not have.
-    """
-    n = len(encoded)
-    if isinstance(positions, str):
-        if positions == "last":
-            return [n - 1]
-        if positions == "all":
-            return list(range(n))
-        if positions in ("user", "assistant"):
-            found = [i for i, role in enumerate(encoded.roles) if role == positions]
-            if not found:
-                raise PositionError(
-                    f"The text has no {positions} message.",
-                    where=where,
-                    next_step='pass messages ([{"role": ..., "content": ...}]), or positions="all"',
-                )
-            return found
-        raise PositionError(
-            "Unknown word for positions.",
-            where=where,
-            got=repr(positions),
-            expected=", ".join(map(repr, NAMED_POSITIONS)),
-        )
-    if isinstance(positions, slice):
-        try:
-            return list(range(n))[positions]
-        except (TypeError, ValueError) as cause:
-            raise PositionError(f"This slice cannot be used: {cause}.", where=where, got=repr(positions)) from cause
-    if callable(positions):
-        positions = positions(encoded)
-    chosen = []
-    for p in _several(positions):
-        try:
-            index = operator.index(p)
-        except TypeError:
-            index = None
-        if index is None or isinstance(p, bool):
-            raise PositionError("A position is a whole number.", where=where, got=repr(p))
-        if not -n <= index < n:
-            raise PositionError(
-                "The text has no such token.",
-                where=where,
-                got=f"position {index}",
-                expected=f"0 to {n - 1} (or -{n} to -1); BOS is position 0",
-            )
-        chosen.append(index % n)
-    return chosen
-
-
-def _several(positions: Any) -> list[Any]:
-    """One index or several as a list; arrays and tensors (also of no dimension) included."""
-    try:
-        return list(positions)
-    except TypeError:
-        return [positions]
-
-
 def capture(
     adapter: Adapter,
     model: Any,
@@ -208,6 +141,7 @@ def capture(
     batch_size: int = 32,
     overflow: Overflow = "error",
     parse_special_tokens: bool = False,
+    seed: int = 0,
     base_model: str = "",
     chunk_tokens: int = PASS_TOKENS,
     progress: Callable[[int], None] | None = None,
@@ -235,7 +169,7 @@ def capture(
             overflow=overflow,
             where=where,
         ):
-            pieces.append((i, encoded, select_positions(encoded, positions, where=where)))
+            pieces.append((i, encoded, select_positions(encoded, positions, where=where, seed=seed)))
     ids = list(doc_ids) if doc_ids is not None else [document_hash(content) for content in texts]
     hashes = [document_hash(content) for content in texts]
     vectors = run_trunk(
@@ -344,6 +278,7 @@ def run_trunk(
     batch_size: int,
     chunk_tokens: int = PASS_TOKENS,
     progress: Callable[[int], None] | None = None,
+    check: bool = True,
 ) -> Tensor:
     """Vectors of (ids, positions) pairs, in order: float32 [total positions, d] on the CPU.
 
@@ -353,6 +288,7 @@ def run_trunk(
         chunk_tokens: tokens of one pass at most, padding included; a longer sequence is read in several. While a
             SteeringVector acts on the model, sequences are read whole.
         progress: called with the number of sequences that have been read since; one without positions is not read.
+        check: False returns NaN and infinite vectors as well, for callers that record each of them.
 
     Raises:
         torch.OutOfMemoryError: one sequence alone does not fit; several are tried again in smaller batches.
@@ -378,7 +314,7 @@ def run_trunk(
             if progress is not None:
                 progress(len(batch))
     vectors = torch.cat([found[i] for i in range(len(read))])
-    if not bool(torch.isfinite(vectors).all()):
+    if check and not bool(torch.isfinite(vectors).all()):
         bad = (~torch.isfinite(vectors).all(dim=-1)).nonzero().flatten().tolist()
         raise VectorError(
             f"The model itself produced NaN or infinite vectors in {len(bad)} rows.",

@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from nla_hub.capture import Activations, Positions, capture, select_positions
+from nla_hub.capture import Activations, capture
 from nla_hub.engines.choice import EngineChoice
 from nla_hub.errors import InputError, Interrupted, PositionError
 from nla_hub.flags import row_flags
@@ -23,6 +23,7 @@ from nla_hub.loading import Source, open_pair
 from nla_hub.locate import Ref, resolve_pair
 from nla_hub.opening import read_contract
 from nla_hub.parts import Memory, Mode, PartName, Parts, build, source_loaders
+from nla_hub.positions import Positions, select_positions
 from nla_hub.pretrained import LoadOptions
 from nla_hub.reconstructor import Reconstructor
 from nla_hub.results import Explanation, Explanations, Scores
@@ -236,15 +237,18 @@ class NLA:
         batch_size: int | None = None,
         overflow: Overflow = "error",
         parse_special_tokens: bool = False,
+        seed: int = 0,
     ) -> Activations:
         """Residual-stream vectors of texts or conversations at this pair's site.
 
         Args:
             texts: a text, a conversation (list of {"role", "content"}), or several of either.
-            positions: an index, several, a slice, "last", "all", "user", "assistant", or a function.
+            positions: an index, several, a slice, a word ("last", "all", "user", "assistant", "every:N", "sample:K",
+                "regex:PATTERN"), or a function.
             doc_ids: names for the documents; their sha256 by default.
             batch_size: rows that run together at most; None leaves it to the project.
             overflow: what to do with texts longer than the model reads: "error", "truncate" or "stride".
+            seed: of "sample:K".
 
         Raises:
             TextError, ContextLengthError, PositionError: before the model runs, with the index of the text.
@@ -267,6 +271,7 @@ class NLA:
                 batch_size=_rows(batch_size),
                 overflow=overflow,
                 parse_special_tokens=parse_special_tokens,
+                seed=seed,
                 base_model=source.name,
             )
 
@@ -411,6 +416,7 @@ class NLA:
             batch_size=batch_size,
             overflow=overflow,
             parse_special_tokens=parse_special_tokens,
+            seed=seed,
         )
         return self.explain_activations(
             acts,

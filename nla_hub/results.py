@@ -24,6 +24,7 @@ from nla_hub.prompts import Status
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow as pa
 
 COLUMNS = (
     "doc_id",
@@ -41,6 +42,21 @@ COLUMNS = (
     "revision",
 )
 """Columns of explanations wherever they become a table or JSON, in this order."""
+
+
+def arrow_schema() -> pa.Schema:
+    """`COLUMNS` with their types in Arrow and parquet."""
+    import pyarrow as pa
+
+    types = {
+        "position": pa.int64(),
+        "cosine": pa.float64(),
+        "mse": pa.float64(),
+        "norm": pa.float64(),
+        "flags": pa.list_(pa.string()),
+        "sample": pa.int64(),
+    }
+    return pa.schema([(name, types.get(name, pa.string())) for name in COLUMNS])
 
 
 @dataclass(frozen=True)
@@ -208,18 +224,7 @@ class Explanations(Sequence[Explanation]):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        schema = pa.schema(
-            [
-                *((name, pa.string()) for name in ("doc_id",)),
-                ("position", pa.int64()),
-                *((name, pa.string()) for name in ("token", "text", "raw", "status")),
-                *((name, pa.float64()) for name in ("cosine", "mse", "norm")),
-                ("flags", pa.list_(pa.string())),
-                ("sample", pa.int64()),
-                ("model", pa.string()),
-                ("revision", pa.string()),
-            ]
-        )
+        schema = arrow_schema()
         target = Path(path)
         if not target.parent.is_dir():
             raise InputError("There is no such directory.", where=target.parent)

@@ -107,6 +107,18 @@ def apply_overrides(
     return result
 
 
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
+    """What two configurations do not have in common, one sentence a key ("rl.lr: 1e-05 before, 2e-05 now")."""
+    found = []
+    for key in [*old, *(k for k in new if k not in old)]:
+        a, b, name = old.get(key), new.get(key), f"{path}{key}"
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, f"{name}.")
+        elif a != b:
+            found.append(f"{name}: {a!r} before, {b!r} now")
+    return found
+
+
 def _assign(mapping: dict[str, Any], keys: Sequence[str], value: Any) -> str | None:
     here = mapping
     for depth, key in enumerate(keys[:-1]):

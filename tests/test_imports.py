@@ -11,10 +11,10 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "nla_hub"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "log", "hardware", "accelerator"),
-    ("yaml_io", "resources", "schema", "sampling", "registry", "shapes", "hub", "batching", "source_text"),
+    ("errors", "log", "units", "svg", "hardware", "accelerator"),
+    ("yaml_io", "resources", "schema", "locks", "sampling", "registry", "shapes", "hub", "batching", "source_text"),
     ("sidecar_dialects", "sidecar", "sidecar_reading", "sidecar_schema", "geometry"),
-    ("prompts", "flags", "adapters", "architecture", "locate", "zoo"),
+    ("prompts", "positions", "flags", "adapters", "architecture", "locate", "zoo"),
     ("injection", "weights", "layouts", "library", "lora", "lora_roles", "lora_stages"),
     ("pretrained", "embedding", "checkpoints", "export", "results", "memory"),
     ("engines", "capture", "reconstructor", "steering", "scoring"),

@@ -201,7 +201,7 @@ def test_a_killed_owner_keeps_nobody_out(tmp_path: Path) -> None:
             assert owner.stdout is not None
             assert owner.stdout.readline() == "held\n"
             with (
-                pytest.raises(RunError, match=f"Another process .{owner.pid} "),
+                pytest.raises(RunError, match=f"process {owner.pid} on "),
                 RunDirectory(place, load_recipe("tiny")),
             ):
                 pass

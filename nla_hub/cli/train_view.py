@@ -17,7 +17,8 @@ from typing import Any
 
 from nla_hub.cli import output
 from nla_hub.log import logger
-from nla_hub.training.view.records import duration, figure, held_out_fve, mapping_of, mappings_of, text_of
+from nla_hub.training.view.records import figure, held_out_fve, mapping_of, mappings_of, text_of
+from nla_hub.units import duration
 
 INDENT = "    "
 

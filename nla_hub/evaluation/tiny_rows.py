@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
-from nla_hub.capture import Activations, Positions, capture
+from nla_hub.capture import Activations, capture
 from nla_hub.errors import InputError
 from nla_hub.evaluation.protocols import Protocol, choose, eligible_positions, select_rows
 from nla_hub.loading import Source
 from nla_hub.nla import NLA
+from nla_hub.positions import Positions
 from nla_hub.pretrained import LoadOptions, load_tokenizer, load_trunk
 from nla_hub.sampling import document_hash
 from nla_hub.sidecar import Site

@@ -7,13 +7,11 @@ lists corrupt above 4 GiB), `activation_layer`, `doc_id`, `n_raw_tokens` (positi
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -24,6 +22,7 @@ from nla_hub.batching import pad_id_of
 from nla_hub.capture import run_trunk
 from nla_hub.errors import RecipeError, TrainingError
 from nla_hub.loading import Source
+from nla_hub.positions import sample_positions
 from nla_hub.sidecar import Site
 from nla_hub.source_text import Encoded, context_length, encode_source
 from nla_hub.training.labelers import Corpus, CorpusDocument, Labeler, LabelRequest
@@ -65,11 +64,7 @@ def pick_positions(encoded: Encoded, doc_id: str, *, n: int, minimum: int, seed:
     Chosen by a generator keyed by (seed, doc_id) alone, so that any sharding of a corpus picks the same ones.
     """
     allowed = [i for i in range(len(encoded)) if i >= minimum and not encoded.special[i]]
-    digest = hashlib.sha256(f"{seed}\x1f{doc_id}".encode()).digest()
-    rng = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
-    if len(allowed) <= n:
-        return allowed
-    return sorted(int(i) for i in rng.choice(allowed, size=n, replace=False))
+    return sample_positions(allowed, n, seed, doc_id)
 
 
 def collect(

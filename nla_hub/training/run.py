@@ -7,19 +7,17 @@ the same place is refused with the differences. Of several processes the main on
 from __future__ import annotations
 
 import json
-import os
-import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from nla_hub import yaml_io
 from nla_hub.errors import RunError
-from nla_hub.log import logger
+from nla_hub.locks import Lock
+from nla_hub.schema import differences
 from nla_hub.training.processes import Processes
 from nla_hub.training.recipe import Recipe
 
@@ -113,19 +111,19 @@ class RunDirectory:
         self.processes = processes or Processes()
         wanted = {**recipe.to_mapping(), **({"rehearsal": True} if rehearsal else {})}
         self.processes.on_main(lambda: self._claim(wanted))
-        self._lock: int | None = None
+        self._lock: Lock | None = None
 
     def _claim(self, wanted: dict[str, Any]) -> None:
         path, config = self.path, self.path / CONFIG
         if path.exists() and not path.is_dir():
             raise RunError("A file is in the way of this run.", where=path, next_step="name another place with -o")
         if config.is_file():
-            differences = list(_differences(yaml_io.read(config, error=RunError), wanted))
-            if differences:
+            changed = list(differences(yaml_io.read(config, error=RunError), wanted))
+            if changed:
                 raise RunError(
                     "This run was started with another configuration.",
                     where=path,
-                    faults=differences,
+                    faults=changed,
                     next_step="name another place with -o, or repeat the settings it was started with",
                 )
         elif path.is_dir() and any(not p.name.startswith(f".{CONFIG}.") for p in path.iterdir()):
@@ -149,39 +147,11 @@ class RunDirectory:
 
     def __exit__(self, *_: object) -> None:
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.release()
             self._lock = None
 
     def _take_lock(self) -> None:
-        # The system gives a lock back when its owner ends, however it ends: no file has to be believed or removed.
-        lock = self.path / LOCK
-        handle = os.open(lock, os.O_CREAT | os.O_RDWR, 0o644)
-        if not _locked(handle):
-            owner = lock.read_text(encoding="utf-8").strip()
-            os.close(handle)
-            raise RunError(
-                f"Another process ({owner or 'just started'}) is working in this run.",
-                where=self.path,
-                next_step="wait for it, or end it",
-            )
-        os.truncate(handle, 0)
-        os.write(handle, f"{os.getpid()} on {platform.node()}\n".encode())
-        self._lock = handle
-
-
-def _locked(handle: int) -> bool:
-    """Lock an open file; False where another process holds it. Where the system cannot lock files, all is well."""
-    try:
-        fcntl = import_module("fcntl")
-    except ImportError:  # Windows
-        return True
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as cause:  # some network file systems
-        logger.warning("this file system has no locks (%s): nothing keeps a second process out", cause.strerror)
-    return True
+        self._lock = Lock(self.path / LOCK)
 
 
 def _stays(line: str, step: int, model: str | None) -> bool:
@@ -199,17 +169,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
-    found = []
-    for key in [*old, *(k for k in new if k not in old)]:
-        a, b, name = old.get(key), new.get(key), f"{path}{key}"
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found += _differences(a, b, f"{name}.")
-        elif a != b:
-            found.append(f"{name}: {a!r} before, {b!r} now")
-    return found
 
 
 def timed(action: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from nla_hub.svg import Series, line_chart
 from nla_hub.training.view.records import Metrics, RunRecord, figure, mapping_of, shares, shown, status_names
-from nla_hub.training.view.svg import Series, line_chart
 
 Rows = Sequence[Mapping[str, Any]]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nla_hub.training.view.records import duration, held_out_fve
+from nla_hub.training.view.records import held_out_fve
+from nla_hub.units import duration
 
 COMMAND = "python -m nla_hub.training.view.history --markdown"
 

@@ -301,14 +301,6 @@ def before_and_after(metrics: Metrics) -> tuple[dict[str, Any], dict[str, Any]] 
     return (metrics.evaluations[0], metrics.evaluations[-1]) if metrics.evaluations else None
 
 
-def duration(seconds: float) -> str:
-    """Wall time in words."""
-    if seconds < 60:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
 def status_names(rows: Iterable[Mapping[str, float]], *, at_most: int = 5) -> list[str]:
     """The names in shares of statuses, the most frequent first."""
     totals: dict[str, float] = {}

@@ -14,11 +14,11 @@ from typing import Any
 from nla_hub import yaml_io
 from nla_hub.evaluation.render import NOT_MEASURED, interval, number
 from nla_hub.geometry import FVE
+from nla_hub.svg import STYLE as CHART_STYLE
 from nla_hub.training.view.charts import rl_charts, supervised_charts
 from nla_hub.training.view.records import (
     RunRecord,
     before_and_after,
-    duration,
     figure,
     held_out_fve,
     mapping_of,
@@ -28,7 +28,7 @@ from nla_hub.training.view.records import (
     shown,
     text_of,
 )
-from nla_hub.training.view.svg import STYLE as CHART_STYLE
+from nla_hub.units import duration
 
 NAME = "report.html"
 
