@@ -187,7 +187,7 @@ def capture(
         vectors=vectors,
         position=tuple(encoded.start + p for _, encoded, p in rows),
         doc_id=tuple(ids[i] for i, _, _ in rows),
-        token=tuple(_token_text(tokenizer, encoded, p) for _, encoded, p in rows),
+        token=tuple(token_text(tokenizer, encoded, p) for _, encoded, p in rows),
         special=tuple(encoded.special[p] for _, encoded, p in rows),
         keys=tuple(RowKey(hashes[i], encoded.start + p) for i, encoded, p in rows),
         document=tuple(i for i, _, _ in rows),
@@ -195,7 +195,7 @@ def capture(
         site=site,
         base_model=base_model,
         read=tuple(p for _, _, p in rows),
-        context=tuple(_context(encoded, p) for _, encoded, p in rows),
+        context=tuple(context_of(encoded, p) for _, encoded, p in rows),
     )
 
 
@@ -203,7 +203,8 @@ CONTEXT_CHARACTERS = 200
 """Text kept before each row's token: enough to tell in which script its document is written."""
 
 
-def _context(encoded: Encoded, position: int) -> str:
+def context_of(encoded: Encoded, position: int) -> str:
+    """The end of the text up to a token, at most `CONTEXT_CHARACTERS` of it."""
     end = encoded.offsets[position][1]
     return encoded.text[max(0, end - CONTEXT_CHARACTERS) : end]
 
@@ -324,5 +325,6 @@ def run_trunk(
     return vectors
 
 
-def _token_text(tokenizer: Any, encoded: Encoded, position: int) -> str:
+def token_text(tokenizer: Any, encoded: Encoded, position: int) -> str:
+    """The text of one token."""
     return str(tokenizer.decode([encoded.ids[position]]))

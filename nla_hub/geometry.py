@@ -161,6 +161,15 @@ class Reference(ReferenceRecord):
         return float(getattr(self, baseline))
 
 
+def reference_of_sum(total: Tensor, n: int, dataset: str) -> Reference:
+    """The reference of `n` vectors of which only the sum of their unit vectors [d], float64, is at hand.
+
+    With m the mean of unit vectors u, E||u - m||^2 = 1 - ||m||^2 and E||u - m/||m|| ||^2 = 2 - 2 ||m||. Norms are not measured.
+    """
+    length = float((total.double() / n).norm())
+    return Reference(dataset=dataset, n=n, raw_variance=1.0 - length**2, mean_norm=2.0 - 2.0 * length)
+
+
 @dataclass(frozen=True)
 class FVE:
     """Fraction of variance explained, never without its baseline, data set and n.

@@ -12,7 +12,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from nla_hub.capture import Activations, capture
+from nla_hub.batching import pad_id_of
+from nla_hub.capture import Activations, capture, run_trunk
 from nla_hub.engines.choice import EngineChoice
 from nla_hub.errors import InputError, Interrupted, PositionError
 from nla_hub.flags import row_flags
@@ -273,6 +274,26 @@ class NLA:
                 parse_special_tokens=parse_special_tokens,
                 seed=seed,
                 base_model=source.name,
+            )
+
+    def capture_ids(
+        self,
+        sequences: Sequence[tuple[Sequence[int], Sequence[int]]],
+        *,
+        batch_size: int | None = None,
+        check: bool = True,
+    ) -> Tensor:
+        """Vectors of (token ids, positions) pairs, as `run_trunk` takes them: float32 [total positions, d]."""
+        source = self.capture_source
+        with self._parts.turn:
+            return run_trunk(
+                source.loaded.adapter,
+                source.loaded.model,
+                self.site,
+                sequences,
+                pad_id=pad_id_of(source.tokenizer),
+                batch_size=_rows(batch_size),
+                check=check,
             )
 
     def check_text(

@@ -84,7 +84,7 @@ class Verbalizer:
                     None if greedy else uniforms(seed, [key for _, key in jobs], max_new_tokens),
                     temperature=temperature or 1.0,
                     max_new_tokens=max_new_tokens,
-                    batch_size=batch_size or self._fitting_rows(max_new_tokens),
+                    batch_size=batch_size or self.fitting_rows(max_new_tokens),
                     progress=progress,
                 )
             except Interrupted as stop:
@@ -97,7 +97,7 @@ class Verbalizer:
         by_slot = dict(enumerate(completions))
         return [explained(i, by_slot) for i in range(len(slots))]
 
-    def _fitting_rows(self, max_new_tokens: int) -> int:
+    def fitting_rows(self, max_new_tokens: int) -> int:
         """What an engine says that it can run together; `ROWS` for one that does not say."""
         fitting = getattr(self.engine, "fitting_rows", None)
         return ROWS if fitting is None else int(fitting(max_new_tokens))

@@ -1,0 +1,43 @@
+"""Rows that stand in the data more than once: computed where they stand first, and filled in at the end everywhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any
+
+import pyarrow as pa
+
+from nla_hub.explain.output import Output
+from nla_hub.explain.schema import schema
+
+TAKEN_OVER = ("text", "raw", "status", "cosine", "mse", "norm", "flags", "model", "revision", "error")
+"""Columns of the original that a copy gets; where it stands, and what its document is called, stay its own."""
+
+PARTS_AT_HAND = 8
+
+
+def fill_copies(output: Output, blocks: Iterable[int], size: int) -> None:
+    """Fill in the rows whose original is in an earlier block; a part is replaced whole, so this may be repeated.
+
+    Args:
+        size: rows of a block.
+    """
+
+    @lru_cache(maxsize=PARTS_AT_HAND)
+    def originals(block: int) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = output.read(block).select(TAKEN_OVER).to_pylist()
+        return found
+
+    for block in blocks:
+        table = output.read(block)
+        if table.column("copy_of").null_count == len(table):
+            continue
+        rows = table.to_pylist()
+        empty = [row for row in rows if row["copy_of"] is not None and row["status"] is None and row["error"] is None]
+        if not empty:
+            continue
+        for row in empty:
+            row |= originals(row["copy_of"] // size)[row["copy_of"] % size]
+        filled = pa.Table.from_pylist(rows, schema=schema()).replace_schema_metadata(table.schema.metadata)
+        output.commit(block, filled)

@@ -1,0 +1,233 @@
+"""The output directory of a job: claimed by one configuration, locked, and each file there whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nla_hub import yaml_io
+from nla_hub.errors import RunError
+from nla_hub.explain.plan import GO_ON
+from nla_hub.explain.result import part_names, read_part
+from nla_hub.explain.schema import JOB, MANIFEST, PARTS, VECTORS, WORK, block_of, part_name
+from nla_hub.explain.settings import Shard
+from nla_hub.locks import Lock, Owner
+from nla_hub.log import logger
+from nla_hub.schema import differences
+
+LOCK = ".lock"
+
+SETTLED = "settled"
+"""Key of job.yaml for what the job settled by itself when it first started: no difference to what is asked for now."""
+
+
+class Output:
+    """The directory of a job.
+
+    Use it as a context: it is locked inside.
+
+    Raises:
+        RunError: on entering: the place holds something else, a job of another configuration, or is in use.
+    """
+
+    def __init__(self, path: Path, shard: Shard | None = None) -> None:
+        self.path = path
+        self.shard = shard or Shard()
+        self._locks: list[Lock] = []
+
+    @property
+    def begun(self) -> bool:
+        """Whether a job was started here before."""
+        return (self.path / JOB).is_file()
+
+    def __enter__(self) -> Output:
+        if self.path.exists() and not self.path.is_dir():
+            raise RunError("A file is in the way of this job.", where=self.path, next_step="name another place with -o")
+        if self.path.is_dir() and not (self.path / JOB).is_file():
+            strange = [p.name for p in self.path.iterdir() if p.name != WORK and not p.name.startswith(".")]
+            if strange:
+                raise RunError(
+                    "This directory holds something else than a job.",
+                    where=self.path,
+                    got=", ".join(sorted(strange)[:5]),
+                    next_step="name an empty or new one",
+                )
+        with _explained(self.path):
+            for folder in (self.path, self.path / PARTS, self.path / WORK):
+                folder.mkdir(parents=True, exist_ok=True)
+            try:
+                if self.shard.of == 1:
+                    self._locks = [Lock(self.path / LOCK)]
+                else:
+                    self._locks = [Lock(self.path / LOCK, shared=True)]
+                    self._locks.append(Lock(self.path / f"{LOCK}-{self.shard.name}"))
+            except RunError as error:
+                self._release()
+                owners = {p.name: owner for p in self.path.glob(f"{LOCK}-*") if (owner := Owner.read(p))}
+                error.faults = tuple(f"shard {name.removeprefix(f'{LOCK}-')}: {o}" for name, o in owners.items())
+                raise
+        self._sweep()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        while self._locks:
+            self._locks.pop().release()
+
+    def _sweep(self) -> None:
+        """Remove what writers left that were killed; nobody else writes a block that this job owns."""
+        for folder in (PARTS, VECTORS):
+            for path in (self.path / folder).glob(".part-*.tmp"):
+                block = block_of(Path(path.name.removeprefix(".").removesuffix(".tmp")))
+                if block is None or self.shard.owns(block):
+                    path.unlink(missing_ok=True)
+
+    # -- configuration ---------------------------------------------------------------------------------------
+
+    def claim(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        """Write `job.yaml`, or hold the one that is there against what is wanted; returns what it says was settled.
+
+        Raises:
+            RunError: the job was started with another configuration; every difference is named.
+        """
+        path = self.path / JOB
+        if path.is_file():
+            found = yaml_io.read(path, error=RunError)
+            settled = found.pop(SETTLED, {})
+            if changed := differences(found, wanted):
+                raise RunError(
+                    "This job was started with another configuration.",
+                    where=self.path,
+                    faults=changed,
+                    next_step="name another place with -o, or repeat the settings it was started with",
+                )
+            return dict(settled)
+        with _explained(self.path):
+            yaml_io.write_text(path, yaml_io.dumps(wanted))
+        return {}
+
+    def settle(self, **values: Any) -> dict[str, Any]:
+        """Add to what was settled, and return all of it; what another shard settled first stands."""
+        found = yaml_io.read(self.path / JOB, error=RunError)
+        settled = {**values, **found.get(SETTLED, {})}
+        if settled != found.get(SETTLED):
+            with _explained(self.path):
+                yaml_io.write_text(self.path / JOB, yaml_io.dumps({**found, SETTLED: settled}))
+        return settled
+
+    # -- parts -----------------------------------------------------------------------------------------------
+
+    def done(self, *, vectors: bool) -> dict[int, pa.Table]:
+        """The blocks that are there and can be read, with the columns that counts are made of.
+
+        One that cannot be read is removed, and so computed again.
+        """
+        found: dict[int, pa.Table] = {}
+        for name in part_names(self.path):
+            path = self.path / PARTS / name
+            block = block_of(path)
+            assert block is not None
+            try:
+                if vectors:
+                    pq.read_metadata(self.path / VECTORS / name)
+                found[block] = read_part(path, COUNTED)
+            except (RunError, OSError, pa.ArrowException) as cause:
+                logger.warning("%s is computed again: %s", path, " ".join(str(cause).split())[:200])
+                path.unlink(missing_ok=True)
+        return found
+
+    def read(self, block: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """A part: these columns, or all."""
+        return read_part(self.path / PARTS / part_name(block), columns)
+
+    def commit(self, block: int, rows: pa.Table, vectors: pa.Table | None = None, *, backed_off: bool = False) -> None:
+        """Write the part of a block, its vectors first: where the part is, all of it is.
+
+        Args:
+            backed_off: noted in the part; see `BlockResult`.
+
+        Raises:
+            RunError: it cannot be written; nothing of it is left.
+        """
+        if backed_off:
+            rows = rows.replace_schema_metadata({**(rows.schema.metadata or {}), BACKED_OFF: b"1"})
+        if vectors is not None:
+            self._write(self.path / VECTORS / part_name(block), vectors)
+        self._write(self.path / PARTS / part_name(block), rows)
+
+    def _write(self, path: Path, table: pa.Table) -> None:
+        temporary = path.with_name(f".{path.name}.tmp")
+        with _explained(self.path):
+            path.parent.mkdir(exist_ok=True)
+            try:
+                with temporary.open("wb") as file:
+                    pq.write_table(table, file, compression="zstd")
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.replace(path)
+                sync_directory(path.parent)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+
+    def write_manifest(self, text: str) -> None:
+        """Write `manifest.json`, the last file of a job."""
+        with _explained(self.path):
+            yaml_io.write_text(self.path / MANIFEST, text)
+            sync_directory(self.path)
+
+    def clear_work(self) -> None:
+        """Remove what only an unfinished job needs."""
+        shutil.rmtree(self.path / WORK, ignore_errors=True)
+
+    @property
+    def plan(self) -> Path:
+        """Where this job's plan is kept."""
+        return self.path / WORK / f"plan-{self.shard.name}.sqlite"
+
+
+BACKED_OFF = b"nla_hub.backed_off"
+"""Metadata of a part for which memory did not suffice at the job's batch size."""
+
+COUNTED = ("status", "cosine", "mse", "copy_of", "error")
+"""Columns that counts and scores are made of."""
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory survive a power failure, where the system can do that."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:  # Windows
+        return
+    try:
+        os.fsync(handle)
+    except OSError:  # file systems that know no such thing
+        pass
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Say what to do where nothing can be written."""
+    try:
+        yield
+    except (OSError, pa.ArrowException) as cause:
+        number = getattr(cause, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            what, advice = "The disk is full", GO_ON
+        elif number in (errno.EACCES, errno.EPERM, errno.EROFS):
+            what, advice = "The output directory cannot be written", "name a place with -o that you may write to"
+        else:
+            what, advice = "The output cannot be written", "see to it, then run the same command again"
+        raise RunError(f"{what}: {getattr(cause, 'strerror', None) or cause}.", where=path, next_step=advice) from cause
