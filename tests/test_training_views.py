@@ -19,15 +19,16 @@ from markdown_it import MarkdownIt
 
 from nla_hub import yaml_io
 from nla_hub.cli import output
-from nla_hub.cli.train_view import TrainView, alarm_text, evaluation_lines, fitted, step_line
+from nla_hub.cli.status_line import fitted
+from nla_hub.cli.train_view import TrainView, alarm_text, evaluation_lines, step_line
 from nla_hub.errors import RunError
+from nla_hub.svg import AT_MOST, HEIGHT, WIDTH, Series, line_chart
+from nla_hub.svg import thinned as thinned_points
 from nla_hub.training.recipe import load_recipe
 from nla_hub.training.run import RunDirectory
 from nla_hub.training.view.history import ROWS, history, main, render, thinned
 from nla_hub.training.view.records import read_metrics, read_run
 from nla_hub.training.view.report import verdict, write_report
-from nla_hub.training.view.svg import AT_MOST, HEIGHT, WIDTH, Series, line_chart
-from nla_hub.training.view.svg import thinned as thinned_points
 
 HOSTILE = (
     '<script>alert("x")</script><img src=x onerror=alert(1)>\'"&amp; </bdi></p></table> | [a](javascript:x) `b` *c*\n'

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nla_hub.cli import output, pair
+from nla_hub.cli import explain_job, output, pair
 from nla_hub.errors import InputError, Interrupted
 from nla_hub.locate import expand
 from nla_hub.log import logger
@@ -39,6 +40,13 @@ class Overflow(StrEnum):
     stride = "stride"
 
 
+class RunnerName(StrEnum):
+    """Where the workers of a job are."""
+
+    local = "local"
+    ray = "ray"
+
+
 @dataclass(frozen=True)
 class Item:
     """One text or conversation of the command line, or the reason why it is none."""
@@ -59,6 +67,39 @@ def explain(
             "--file", "-f", help='A text file, a .jsonl file of {"text": ...} or {"messages": [...]}, or - for stdin.'
         ),
     ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            metavar="DATASET",
+            help="A data set, into the directory -o: ./file.jsonl (.json, .csv, .tsv, .parquet, .txt), ./directory, "
+            "owner/name or hf://datasets/... of the Hub, or vectors (.npy, .safetensors, .parquet).",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", metavar="OUT", help="Where the rows of --data go; the same command goes on there."
+        ),
+    ] = None,
+    column: Annotated[
+        str | None, typer.Option(help='Column of the texts ("text"), or of the vectors; tensor of a .safetensors file.')
+    ] = None,
+    messages_column: Annotated[str | None, typer.Option(help='Column of conversations ("messages").')] = None,
+    id_column: Annotated[str | None, typer.Option(help='Column of ids ("doc_id", else "id").')] = None,
+    limit: Annotated[int | None, typer.Option(help="Items of --data at most.", min=1)] = None,
+    workers: Annotated[
+        int, typer.Option(help="Processes that compute: one a GPU, or shares of the processor.", min=1)
+    ] = 1,
+    runner: Annotated[
+        RunnerName, typer.Option(help="ray: the workers are actors of a Ray cluster.")
+    ] = RunnerName.local,
+    shard: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Only every N-th block; N such runs come to the same rows.")
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Threads of a worker on the processor.", min=1)] = 1,
+    keep_vectors: Annotated[bool, typer.Option("--keep-vectors", help="Write the vectors too.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing.")] = False,
     nla: pair.Name = "tiny",
     ar: pair.Ar = None,
     base_model: pair.Base = None,
@@ -69,7 +110,12 @@ def explain(
     engine_option: pair.EngineOptions = None,
     memory: pair.Memory = pair.MemoryMode.auto,
     positions: Annotated[
-        str, typer.Option("--positions", "-p", help="last, all, user, assistant, 5, -1, 3,7,9 or 10:20.")
+        str,
+        typer.Option(
+            "--positions",
+            "-p",
+            help="last, all, user, assistant, 5, -1, 3,7,9, 10:20, every:N, sample:K or regex:PATTERN.",
+        ),
     ] = "last",
     n: Annotated[int, typer.Option("-n", help="Samples a vector.", min=1)] = 1,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.7,
@@ -85,6 +131,55 @@ def explain(
 ) -> None:
     """Explain the activations of texts: what the model holds at a token, in words, with the measured score."""
     where = parse_positions(positions)
+    if data is None:
+        refuse_alone(
+            {
+                "-o": out,
+                "--column": column,
+                "--messages-column": messages_column,
+                "--id-column": id_column,
+                "--limit": limit,
+                "--workers": workers if workers > 1 else None,
+                "--runner": runner.value if runner is not RunnerName.local else None,
+                "--shard": shard,
+                "--threads": threads if threads > 1 else None,
+                "--keep-vectors": keep_vectors or None,
+            }
+        )
+    else:
+        if texts or file is not None:
+            raise typer.BadParameter("a data set stands alone: leave out the texts and -f", param_hint="--data")
+        if out is None:
+            raise typer.BadParameter("where do the rows go? Name a directory: -o OUT", param_hint="--data")
+        from nla_hub.explain.settings import DataSettings, JobSettings
+
+        job = JobSettings(
+            pair.settings(
+                nla,
+                ar=ar,
+                base_model=base_model,
+                subfolder=subfolder,
+                ar_subfolder=ar_subfolder,
+                sidecar=sidecar,
+                engine=engine,
+                engine_options=engine_option,
+                memory=memory,
+            ),
+            DataSettings(data, column, messages_column, id_column, limit),
+            positions=where,
+            n=n,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            overflow=overflow.value,
+            keep_vectors=keep_vectors,
+            batch_size=batch_size,
+            threads=threads,
+        )
+        summary = explain_job.run(job, out, workers=workers, runner=runner.value, shard=shard, yes=yes, as_json=as_json)
+        if summary.errors:
+            raise typer.Exit(EXIT_ROWS_IN_ERROR)
+        return
     items = list(read_items(texts or [], file))
     if not texts and file is None:
         output.message(f'No text was given, so here is an example. Your own: nla-hub explain "..."\n{EXAMPLE}')
@@ -113,6 +208,13 @@ def explain(
     show_rows(found, failed, items, as_json=as_json)
     if failed:
         raise typer.Exit(EXIT_ROWS_IN_ERROR)
+
+
+def refuse_alone(options: dict[str, object]) -> None:
+    """Raise a usage error for options that mean something with --data only."""
+    for name, value in options.items():
+        if value is not None:
+            raise typer.BadParameter("this belongs to a data set: --data DATASET -o OUT", param_hint=name)
 
 
 def show_rows(found: Explanations, failed: list[Item], items: list[Item], *, as_json: bool) -> None:
@@ -208,43 +310,32 @@ def error_row(item: Item) -> dict[str, Any]:
 
 
 def read_items(texts: list[str], file: str | None) -> Iterator[Item]:
-    """The command line's texts, and those of a file."""
+    """The command line's texts, and those of a file: JSON lines, or one text."""
+    from nla_hub.explain.inputs import BadItem, read_lines, read_text
+
     for i, text in enumerate(texts):
         yield Item(f"text {i}", text)
     if file is None:
         return
     name = "stdin" if file == "-" else Path(file).name
-    data = sys.stdin.buffer.read() if file == "-" else expand(file).read_bytes()
-    if not file.endswith(".jsonl"):
-        yield _decoded(name, data)
-        return
-    for number, line in enumerate(data.splitlines(), start=1):
-        if line.strip():
-            yield _json_item(f"{name}:{number}", line)
-
-
-def _decoded(name: str, data: bytes) -> Item:
-    try:
-        return Item(name, data.decode("utf-8").rstrip("\r\n"))
-    except UnicodeDecodeError as error:
-        return Item(name, None, f"{name}: This is not UTF-8 text (byte {error.start}).")
-
-
-def _json_item(name: str, line: bytes) -> Item:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return Item(name, None, f"{name}: This line is not JSON: {error}.")
-    if isinstance(record, dict) and isinstance(record.get("text"), str):
-        return Item(name, record["text"])
-    if isinstance(record, dict) and isinstance(record.get("messages"), list):
-        return Item(name, record["messages"])
-    return Item(name, None, f'{name}: This line is neither {{"text": ...}} nor {{"messages": [...]}}.')
+    with nullcontext(sys.stdin.buffer) if file == "-" else expand(file).open("rb") as stream:
+        found = read_lines(name, stream) if file.endswith(".jsonl") else [read_text(name, stream)]
+        for item in found:
+            if isinstance(item, BadItem):
+                yield Item(item.where, None, item.error)
+            else:
+                yield Item(item.where, item.content)
 
 
 def parse_positions(text: str) -> Any:
     """The SDK's `positions` from its spelling on the command line; raises a usage error."""
-    if text in ("last", "all", "user", "assistant"):
+    if text[:1].isalpha():
+        from nla_hub.positions import check_word
+
+        try:
+            check_word(text)
+        except InputError as error:
+            raise typer.BadParameter(error.one_line(), param_hint="--positions") from None
         return text
     try:
         if ":" in text:
@@ -255,6 +346,7 @@ def parse_positions(text: str) -> Any:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
         raise typer.BadParameter(
-            f"{text!r} is none of last, all, user, assistant, 5, -1, 3,7,9 or 10:20", param_hint="--positions"
+            f"{text!r} is none of last, all, user, assistant, 5, -1, 3,7,9, 10:20, every:N, sample:K or regex:PATTERN",
+            param_hint="--positions",
         ) from None
     return numbers[0] if len(numbers) == 1 else numbers

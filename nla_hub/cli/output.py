@@ -29,7 +29,8 @@ class _MessageHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        print(f"{prefix}{record.getMessage()}", file=sys.stderr)
+        over = "\r\x1b[K" if sys.stderr.isatty() else ""  # a line of progress, which comes back below
+        print(f"{over}{prefix}{record.getMessage()}", file=sys.stderr)
 
 
 def configure(*, quiet: bool = False, verbose: bool = False) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from nla_hub.explain.settings import PairSettings
     from nla_hub.nla import NLA
 
 
@@ -74,9 +75,7 @@ def load(
     **others: Any,
 ) -> NLA:
     """The pair that the options name."""
-    from nla_hub.errors import InputError
     from nla_hub.nla import NLA
-    from nla_hub.schema import apply_overrides
 
     return NLA.from_pretrained(
         name,
@@ -86,7 +85,35 @@ def load(
         ar_subfolder=ar_subfolder,
         sidecar=sidecar,
         engine=engine,
-        engine_options=apply_overrides({}, engine_options or [], where="--engine-option", error=InputError),
+        engine_options=_engine_options(engine_options),
         memory=memory.value,
         **others,
     )
+
+
+def settings(
+    name: str,
+    *,
+    sidecar: str | None,
+    engine_options: list[str] | None,
+    memory: MemoryMode,
+    **others: Any,
+) -> PairSettings:
+    """How the workers of a job load the pair that the options name; a sidecar's file is read now."""
+    from nla_hub.explain.settings import PairSettings
+    from nla_hub.opening import read_contract
+
+    return PairSettings(
+        name,
+        sidecar=read_contract(sidecar),
+        engine_options=_engine_options(engine_options),
+        memory=memory.value,
+        **others,
+    )
+
+
+def _engine_options(options: list[str] | None) -> dict[str, Any]:
+    from nla_hub.errors import InputError
+    from nla_hub.schema import apply_overrides
+
+    return apply_overrides({}, options or [], where="--engine-option", error=InputError)

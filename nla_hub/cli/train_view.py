@@ -7,15 +7,12 @@ are printed as they are, of a reinforcement learning stage only every so many.
 from __future__ import annotations
 
 import math
-import os
-import shutil
-import sys
 import textwrap
-import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nla_hub.cli import output
+from nla_hub.cli.status_line import cells, columns, fitted
 from nla_hub.log import logger
 from nla_hub.training.view.records import figure, held_out_fve, mapping_of, mappings_of, text_of
 from nla_hub.units import duration
@@ -55,7 +52,7 @@ class TrainView:
         self.as_json = as_json
         self.stages = list(stages)
         self.clock = StepClock()
-        self._line: str | None = None
+        self._line = StatusLine()
         self._printed: float | None = None
 
     def stage(self, name: str, *, resumed: bool) -> None:
@@ -69,48 +66,30 @@ class TrainView:
         """Figures of a running stage, an evaluation or an alarm."""
         if isinstance(metrics.get("alarm"), dict):
             width = columns() - 1 if output.progress_wanted() else None
-            self._apart(lambda: logger.warning("%s", alarm_text(metrics, width)))
-            if metrics["alarm"].get("fatal") is True and self._line is not None:
-                sys.stderr.write("\n")  # an error message follows
-                self._line = None
+            self._line.apart(lambda: logger.warning("%s", alarm_text(metrics, width)))
+            if metrics["alarm"].get("fatal") is True:
+                self._line.end()  # an error message follows
         elif isinstance(metrics.get("evaluation"), dict):
             width = columns() - 1 if output.progress_wanted() else None
-            self._apart(lambda: output.message("\n".join(evaluation_lines(metrics, width))))
+            self._line.apart(lambda: output.message("\n".join(evaluation_lines(metrics, width))))
         elif name == "rl" and "reward" in metrics:
             self.clock.tick(metrics)
             if output.progress_wanted():
-                self._rewrite(step_line(metrics, self.clock.seconds_a_step, columns() - 1))
+                self._line.show(step_line(metrics, self.clock.seconds_a_step, columns() - 1))
             elif self._is_due(metrics):
                 output.message(step_line(metrics, self.clock.seconds_a_step, None))
         else:
             line = INDENT + "  ".join(f"{key} {_short(value)}" for key, value in metrics.items() if key != "lr")
             if output.progress_wanted():
-                self._rewrite(fitted(line, columns() - 1))
+                self._line.show(line)
             else:
                 output.message(line)
 
     def done(self, name: str, summary: dict[str, Any]) -> None:
         """A stage is done."""
-        if self._line is not None:
-            sys.stderr.write("\n")
-            self._line = None
+        self._line.end()
         if self.as_json:
             output.print_json_lines([{"stage": name, **summary}])
-
-    def _rewrite(self, line: str) -> None:
-        sys.stderr.write(f"\r\x1b[K{line}")
-        sys.stderr.flush()
-        self._line = line
-
-    def _apart(self, show: Callable[[], None]) -> None:
-        """Print something above the line that is being rewritten, and put that line back."""
-        line = self._line
-        if line is not None:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
-        show()
-        if line is not None:
-            self._rewrite(fitted(line, columns() - 1))
 
     def _is_due(self, metrics: Mapping[str, Any]) -> bool:
         step, steps, seconds = (figure(metrics, key) for key in ("step", "steps", "seconds"))
@@ -214,35 +193,6 @@ def alarm_text(line: Mapping[str, Any], width: int | None) -> str:
         return text
     room = " " * len("warning: ")
     return "\n".join(textwrap.wrap(text, max(width, 20), initial_indent=room, subsequent_indent=INDENT)).lstrip()
-
-
-def columns() -> int:
-    """How wide the terminal of stderr is; COLUMNS counts first."""
-    if not os.environ.get("COLUMNS"):
-        try:
-            found = os.get_terminal_size(sys.stderr.fileno()).columns
-        except (OSError, ValueError):
-            found = 0
-        if found > 0:
-            return found
-    return shutil.get_terminal_size().columns
-
-
-def cells(text: str) -> int:
-    """Columns of a terminal that `text` takes at most: marks that some terminals put on the letter before count too."""
-    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
-
-
-def fitted(text: str, width: int) -> str:
-    """`text` cut to `width` columns, with dots where something is missing."""
-    if cells(text) <= width:
-        return text
-    dots = "..."[: max(0, width)]
-    end, room = 0, width - len(dots)
-    while end < len(text) and cells(text[end]) <= room:
-        room -= cells(text[end])
-        end += 1
-    return text[:end].rstrip() + dots
 
 
 def _wrapped(text: str, width: int, indent: str) -> list[str]:
