@@ -701,6 +701,7 @@ def test_a_page_that_does_not_escape_is_seen(tmp_path: Path, monkeypatch: pytest
 
 def test_a_line_that_is_too_long_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = on_terminal(monkeypatch, 40)
-    monkeypatch.setattr("nla_hub.cli.train_view.columns", lambda: 90)
+    for module in ("train_view", "status_line"):
+        monkeypatch.setattr(f"nla_hub.cli.{module}.columns", lambda: 90)
     TrainView(False, ["rl"]).metrics("rl", step(5, 60))
     assert max(map(wide, terminal.screen())) > 40

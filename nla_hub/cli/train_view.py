@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nla_hub.cli import output
-from nla_hub.cli.status_line import cells, columns, fitted
+from nla_hub.cli.status_line import StatusLine, cells, columns, fitted
 from nla_hub.log import logger
 from nla_hub.training.view.records import figure, held_out_fve, mapping_of, mappings_of, text_of
 from nla_hub.units import duration
