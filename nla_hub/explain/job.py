@@ -134,7 +134,7 @@ def run_job(
     if confirm is not None and not output.begun:
         confirm(opened)
     with output, Stop() as stop, closing(Plan(output.plan, opened.dataset, opened.make_rows, settings.block)) as plan:
-        run = _Run(opened, output, plan, stop, progress, output.claim(opened.config))
+        run = _Run(opened, output, plan, stop, progress, output.claim(opened.config, batch_size=settings.batch_size))
         if not (output.path / MANIFEST).is_file() or run.lacking():
             (output.path / MANIFEST).unlink(missing_ok=True)
             run.compute(pool or _pool(runner, workers), 1 if pool is None and workers == 1 else workers)

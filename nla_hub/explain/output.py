@@ -94,8 +94,11 @@ class Output:
 
     # -- configuration ---------------------------------------------------------------------------------------
 
-    def claim(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    def claim(self, wanted: Mapping[str, Any], **named: Any) -> dict[str, Any]:
         """Write `job.yaml`, or hold the one that is there against what is wanted; returns what it says was settled.
+
+        Args:
+            named: what could have been left to the job to settle, and was named; None where it was left.
 
         Raises:
             RunError: the job was started with another configuration; every difference is named.
@@ -104,7 +107,8 @@ class Output:
         if path.is_file():
             found = yaml_io.read(path, error=RunError)
             settled = found.pop(SETTLED, {})
-            if changed := differences(found, wanted):
+            known = {key: value for key, value in settled.items() if named.get(key) is not None}
+            if changed := differences({**found, **known}, {**wanted, **{key: named[key] for key in known}}):
                 raise RunError(
                     "This job was started with another configuration.",
                     where=self.path,

@@ -88,8 +88,8 @@ class Plan:
             HubError and its children: the input's place cannot be reached; what was planned until then stays.
             RunError: the plan cannot be written.
         """
-        last = self._frontier
-        missing = [i for i in range(last) if wanted(i)]
+        total, frontier = self.total, self._frontier
+        missing = [i for i in range(frontier if total is None else total.blocks) if wanted(i)]
         begin = 0
         while begin < len(missing):  # runs of blocks that a job before this one did not come to
             end = begin + 1
@@ -97,8 +97,8 @@ class Plan:
                 end += 1
             yield from self._read(missing[begin], missing[end - 1])
             begin = end
-        if self.total is None:
-            for block in self._read(last, None):
+        if total is None:
+            for block in self._read(frontier, None):
                 if wanted(block.index):
                     yield block
 
