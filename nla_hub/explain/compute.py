@@ -36,6 +36,7 @@ class BlockResult:
     Attributes:
         rows: its part, `schema.schema()`.
         vectors: `schema.vector_schema(d)`, where they were asked for.
+        computed: rows for which the pair had something to do.
         backed_off: memory did not suffice for the job's batch: these rows equal those of another run, but need not be
             identical in every byte.
     """
@@ -43,6 +44,7 @@ class BlockResult:
     index: int
     rows: pa.Table
     vectors: pa.Table | None = None
+    computed: int = 0
     backed_off: bool = False
 
 
@@ -184,7 +186,7 @@ class BlockWorker:
         if self.nla.reference is None:
             table = table.replace_schema_metadata(in_sample_metadata(state.vectors))
         vectors = _vector_table(state, self.nla.d_model) if self.settings.keep_vectors else None
-        return BlockResult(state.block.index, table, vectors, state.backed_off)
+        return BlockResult(state.block.index, table, vectors, len(state.rows), state.backed_off)
 
 
 def failed(block: Block, reason: str) -> BlockResult:

@@ -38,6 +38,9 @@ Runner = Literal["local", "ray"]
 TRIES = 3
 """Times that a block is tried before its rows are recorded as errors: workers also die for reasons of their own."""
 
+HOPELESS = 2 * TRIES
+"""Failures without a single success after which a job ends: the fault is then not in the rows."""
+
 AHEAD = 4
 """Blocks that are planned ahead for each worker."""
 
@@ -252,8 +255,8 @@ class _Run:
                 raise RunError(f"No worker could start: {event.reason}", where=self.output.path)
         elif isinstance(event, Done):
             self.in_hand -= len(event.results)
-            self.succeeded = True
             for result in event.results:
+                self.succeeded |= result.computed > 0
                 self.output.commit(result.index, result.rows, result.vectors, backed_off=result.backed_off)
                 self._count(result.index, result.rows)
                 if result.backed_off:
@@ -270,17 +273,18 @@ class _Run:
         self.in_hand -= len(event.blocks)
         for block in event.blocks:
             self.tries[block.index] += 1
-            if self.tries[block.index] < TRIES:
-                self.retry.append(block)
-                logger.warning("Block %d is tried again: %s", block.index, event.reason)
-                continue
-            if not self.succeeded:
+            often = self.tries[block.index] >= TRIES
+            if not self.succeeded and (often or self.tries.total() >= HOPELESS):
                 raise RunError(
                     f"Nothing could be computed: {event.reason}",
                     where=self.output.path,
-                    got=f"block {block.index} failed {TRIES} times",
+                    got=f"{self.tries.total()} failures and no success",
                     next_step="try the pair alone first: nla-hub doctor --nla NAME",
                 )
+            if not often:
+                self.retry.append(block)
+                logger.warning("Block %d is tried again: %s", block.index, event.reason)
+                continue
             logger.error("Block %d is given up: %s", block.index, event.reason)
             result = failed(block, f"{event.reason} ({TRIES} times)")
             self.output.commit(block.index, result.rows)
