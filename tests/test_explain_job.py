@@ -23,8 +23,9 @@ from nla_hub.capture import CONTEXT_CHARACTERS
 from nla_hub.errors import InputError, PositionError, RunError
 from nla_hub.explain.ahead import Ahead
 from nla_hub.explain.inputs import BadItem, Item, TextItem
-from nla_hub.explain.job import JobSummary, run_job
+from nla_hub.explain.job import run_job
 from nla_hub.explain.plan import Plan, Total
+from nla_hub.explain.progress import JobSummary
 from nla_hub.explain.result import JobResult
 from nla_hub.explain.rows import Block, ItemRows, PlannedRow, blocks_of
 from nla_hub.explain.schema import COLUMNS, part_name, schema

@@ -19,8 +19,9 @@ from nla_hub.log import logger
 from nla_hub.units import duration
 
 if TYPE_CHECKING:
-    from nla_hub.explain.job import JobProgress, JobSummary, Runner
+    from nla_hub.explain.job import Runner
     from nla_hub.explain.opened import OpenedJob
+    from nla_hub.explain.progress import JobProgress, JobSummary
     from nla_hub.explain.settings import JobSettings
 
 PLAIN_SECONDS = 30.0

@@ -1,19 +1,18 @@
-"""An iterator that works ahead in a thread, so that nobody waits for the next block; never further than told."""
+"""A generator that works ahead in a thread, so that nobody waits for the next block; never further than told."""
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Generator
 
 from nla_hub.explain.rows import Block
 
 
 class Ahead:
-    """Blocks from an iterator, at most `depth` of them at hand before they are asked for; 0 makes each when it is taken."""
+    """Blocks from a generator, at most `depth` of them at hand before they are asked for; 0 makes each when it is taken."""
 
-    def __init__(self, blocks: Iterator[Block], depth: int) -> None:
+    def __init__(self, blocks: Generator[Block, None, None], depth: int) -> None:
         self._blocks = blocks
         self._depth = depth
         self._ready: deque[Block] = deque()
@@ -32,14 +31,16 @@ class Ahead:
                 self._changed.wait_for(lambda: len(self._ready) < self._depth or self._closed)
                 if self._closed:
                     return
-            block = self._make()
-            with self._changed:
-                if block is not None:
-                    self._ready.append(block)
-                self._ended = block is None
-                self._changed.notify_all()
-                if block is None:
-                    return
+            self._append(self._make())
+            if self._ended:
+                return
+
+    def _append(self, block: Block | None) -> None:
+        with self._changed:
+            if block is not None:
+                self._ready.append(block)
+            self._ended = block is None
+            self._changed.notify_all()
 
     def _make(self) -> Block | None:
         try:
@@ -54,34 +55,33 @@ class Ahead:
         with self._changed:
             return self._ended and not self._ready
 
+    def any(self) -> bool:
+        """Whether there is a block; waits until that is known."""
+        if self._thread is None and not self._ready and not self._ended:
+            self._append(self._make())
+        with self._changed:
+            self._changed.wait_for(lambda: self._ready or self._ended)
+            return bool(self._ready)
+
     def take(self, n: int, *, wait: bool = False) -> list[Block]:
         """Up to `n` blocks that are at hand; with `wait` at least one, unless there is none any more."""
         taken: list[Block] = []
-        if self._thread is None:
-            while len(taken) < n and not self._ended:
-                block = self._make()
-                self._ended = block is None
-                taken += [] if block is None else [block]
-            return taken
-        with self._changed:
-            if wait:
-                self._changed.wait_for(lambda: self._ready or self._ended)
-            while self._ready and len(taken) < n:
+        while len(taken) < n and (self._ready or ((self._thread is None or (wait and not taken)) and self.any())):
+            with self._changed:
                 taken.append(self._ready.popleft())
-            self._changed.notify_all()
+                self._changed.notify_all()
         return taken
 
     def raise_failure(self) -> None:
-        """Raise what ended the iterator, where that was an error."""
+        """Raise what ended the generator, where that was an error."""
         if self._failure is not None:
             raise self._failure
 
     def close(self) -> None:
-        """Stop; the iterator is closed."""
+        """Stop; the generator is closed."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join()
-        with suppress(AttributeError):
-            self._blocks.close()  # type: ignore[attr-defined]
+        self._blocks.close()

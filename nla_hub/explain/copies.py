@@ -26,13 +26,13 @@ def fill_copies(output: Output, blocks: Iterable[int], size: int) -> None:
 
     @lru_cache(maxsize=PARTS_AT_HAND)
     def originals(block: int) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = output.read(block).select(TAKEN_OVER).to_pylist()
+        found: list[dict[str, Any]] = output.read(block, TAKEN_OVER).to_pylist()
         return found
 
     for block in blocks:
-        table = output.read(block)
-        if table.column("copy_of").null_count == len(table):
+        if all(copy_of is None for copy_of in output.read(block, ["copy_of"]).column(0).to_pylist()):
             continue
+        table = output.read(block)
         rows = table.to_pylist()
         empty = [row for row in rows if row["copy_of"] is not None and row["status"] is None and row["error"] is None]
         if not empty:

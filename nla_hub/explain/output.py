@@ -131,12 +131,11 @@ class Output:
 
     # -- parts -----------------------------------------------------------------------------------------------
 
-    def done(self, *, vectors: bool) -> dict[int, pa.Table]:
-        """The blocks that are there and can be read, with the columns that counts are made of.
+    def done(self, columns: Sequence[str], *, vectors: bool) -> Iterator[tuple[int, pa.Table]]:
+        """The blocks that are there and can be read, in order, with these columns.
 
         One that cannot be read is removed, and so computed again.
         """
-        found: dict[int, pa.Table] = {}
         for name in part_names(self.path):
             path = self.path / PARTS / name
             block = block_of(path)
@@ -144,11 +143,14 @@ class Output:
             try:
                 if vectors:
                     pq.read_metadata(self.path / VECTORS / name)
-                found[block] = read_part(path, COUNTED)
+                yield block, read_part(path, columns)
             except (RunError, OSError, pa.ArrowException) as cause:
                 logger.warning("%s is computed again: %s", path, " ".join(str(cause).split())[:200])
                 path.unlink(missing_ok=True)
-        return found
+
+    def has_all(self, blocks: int) -> bool:
+        """Whether the blocks 0 to `blocks` - 1 are all there, by whichever shard."""
+        return {block_of(Path(name)) for name in part_names(self.path)}.issuperset(range(blocks))
 
     def read(self, block: int, columns: Sequence[str] | None = None) -> pa.Table:
         """A part: these columns, or all."""
@@ -183,6 +185,11 @@ class Output:
             except BaseException:
                 temporary.unlink(missing_ok=True)
                 raise
+
+    def drop_manifest(self) -> None:
+        """Remove a manifest that is no longer true."""
+        with _explained(self.path):
+            (self.path / MANIFEST).unlink(missing_ok=True)
 
     def write_manifest(self, text: str) -> None:
         """Write `manifest.json`, the last file of a job."""

@@ -8,7 +8,7 @@ again, with the same result.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +81,7 @@ class Plan:
         """The first block of which nothing is known but where it begins."""
         return int(self._db.execute("select coalesce(max(block), 0) from place").fetchone()[0])
 
-    def blocks(self, wanted: Callable[[int], bool]) -> Iterator[Block]:
+    def blocks(self, wanted: Callable[[int], bool]) -> Generator[Block, None, None]:
         """The blocks that are wanted, in order. Reads on in the input as they are taken.
 
         Raises:
