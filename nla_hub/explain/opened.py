@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,7 @@ def open_job(settings: JobSettings) -> OpenedJob:
         "site": {"layer": sidecar.site.layer},
         "d_model": sidecar.d_model,
         "weights": {**halves, **base},
+        "engine": named.engine,
         "data": _data(settings, dataset),
         "reference": None if reference is None else vars(reference),
     }
@@ -140,9 +142,11 @@ def _same_site(dataset: Dataset, pair: Pair) -> bool:
 
 
 def _identity(half: Half) -> dict[str, Any]:
-    """What a half is: its commit on the Hub, and its files."""
+    """What a half is: its commit on the Hub, its contract as it was read (with what the user told), and its files."""
     commit = {} if half.checkpoint.commit is None else {"commit": half.checkpoint.commit}
     folders = {half.files.directory, *half.files.stack, *([half.files.base] if half.files.base else [])}
+    contract = json.dumps(half.sidecar.to_mapping(), sort_keys=True, default=str)
+    commit |= {"contract": hashlib.sha256(contract.encode()).hexdigest()[:16]}
     return {**commit, "files": "+".join(fingerprint(folder) for folder in sorted(folders))}
 
 
