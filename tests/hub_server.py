@@ -1,5 +1,7 @@
 """A Hugging Face Hub of the few endpoints that downloads use, and the other host that its large files come from.
 
+Data sets are asked for under addresses of their own and stand beside the models under the same kind of name.
+
 The Hub is on 127.0.0.1. Files that it keeps in LFS (safetensors) are answered with a redirect to the storage host, which
 is called localhost, has no use for tokens and wants the signature that the Hub put into the address.
 """
@@ -128,8 +130,9 @@ class Hub:
             send(request, 200, b"{}", {})
             threading.Thread(target=self.close, daemon=True).start()
             return None
-        api = path.startswith("api/models/")
-        parts = path.removeprefix("api/models/").split("/")
+        api = path.startswith(("api/models/", "api/datasets/"))
+        plain = path.removeprefix("api/").removeprefix("models/").removeprefix("datasets/")
+        parts = plain.split("/")
         repo, rest = "/".join(parts[:2]), parts[2:]
         faults = self.faults.get(repo, Faults())
         kind = ("tree" if rest[:1] == ["tree"] else "info") if api else request.command.lower()
