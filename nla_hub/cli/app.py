@@ -22,7 +22,19 @@ from nla_hub import __version__
 from nla_hub.cli import output, wording
 from nla_hub.errors import NLAError
 
-COMMANDS = ("explain", "eval", "steer", "train", "models", "recipes", "convert", "bench", "serve-command", "doctor")
+COMMANDS = (
+    "explain",
+    "report",
+    "eval",
+    "steer",
+    "train",
+    "models",
+    "recipes",
+    "convert",
+    "bench",
+    "serve-command",
+    "doctor",
+)
 """Commands in the order of `nla-hub --help`; each is in the file of this package that is named like it, with "_" for "-"."""
 
 EXIT_ROWS_IN_ERROR = 4
