@@ -78,10 +78,8 @@ def real_rows(nla: NLA, documents: int, *, seed: int = 0, n: int = 1) -> list[di
     """Every token of documents of the tiny world, explained by a pair."""
     texts = [document.content for document in world.documents(documents, seed, "eval")]
     ids = [f"tiny-world-{i}" for i in range(documents)]
-    acts = nla.capture(texts, positions="all", doc_ids=ids, parse_special_tokens=True)
-    found = nla.explain(
-        texts, positions="all", doc_ids=ids, temperature=0.7 if n > 1 else 0, n=n, seed=seed, parse_special_tokens=True
-    )
+    acts = nla.capture(texts, positions="all", doc_ids=ids)
+    found = nla.explain(texts, positions="all", doc_ids=ids, temperature=0.7 if n > 1 else 0, n=n, seed=seed)
     rows = []
     for i, explanation in enumerate(found):
         at = i // n
