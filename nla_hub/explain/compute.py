@@ -189,10 +189,15 @@ class BlockWorker:
         return BlockResult(state.block.index, table, vectors, len(state.rows), state.backed_off)
 
 
-def failed(block: Block, reason: str) -> BlockResult:
-    """A block that could not be computed: every row of it that should have been is in error."""
+def failed(block: Block, reason: str, *, width: int | None = None) -> BlockResult:
+    """A block that could not be computed: every row of it that should have been is in error.
+
+    Args:
+        width: of the vectors, where they are kept; there are none then, which is written too.
+    """
     records = [_record(row, None, reason if row.source >= 0 else None) for row in block.rows]
-    return BlockResult(block.index, pa.Table.from_pylist(records, schema=schema()))
+    vectors = None if width is None else vector_schema(width).empty_table()
+    return BlockResult(block.index, pa.Table.from_pylist(records, schema=schema()), vectors)
 
 
 def _position(row: PlannedRow) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 from nla_hub.errors import MissingExtraError, RunError
 from nla_hub.explain.pools import Broken, Event, Failed, Terms, Worker, reason_of
 from nla_hub.explain.rows import Block
+from nla_hub.explain.stop import handlers_kept
 
 
 class _Actor:
@@ -64,7 +65,8 @@ class RayPool:
         if not ray.is_initialized():
             self._ours = True
             try:
-                ray.init(log_to_driver=False, include_dashboard=False, configure_logging=False)
+                with handlers_kept():  # it would end this process at SIGTERM
+                    ray.init(log_to_driver=False, include_dashboard=False, configure_logging=False)
             except Exception as cause:  # whatever its transport raises
                 raise RunError(
                     f"The Ray cluster cannot be reached: {' '.join(str(cause).split())[:300]}",

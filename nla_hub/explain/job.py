@@ -75,9 +75,14 @@ def run_job(
         confirm(opened)
     with output, Stop() as stop:
         run = _Run(opened, output, stop, progress)
-        if not run.complete:
-            run.work(pool or _pool(runner, workers), 0 if pool is None and workers == 1 else AHEAD * workers)
+        try:
+            if not run.complete:
+                run.work(pool or _pool(runner, workers), 0 if pool is None and workers == 1 else AHEAD * workers)
+        except KeyboardInterrupt as cause:
+            raise Interrupted(run.summary()) from cause
         summary = run.summary()
+        if summary.complete and output.shard.of == 1:
+            output.clear_work()
     if stop.wanted and not summary.complete:
         raise Interrupted(summary)
     return summary
@@ -148,7 +153,16 @@ class _Run:
     def _compute(self, pool: Pool, coming: Ahead, plan: Plan) -> None:
         pool.start(Terms(self.opened.settings, self.settled.get("batch_size"), self.opened.from_source))
         self.started = time.monotonic()
-        scheduler = Scheduler(pool, coming, self.output, self.settled, self.stop, self._written)
+        scheduler = Scheduler(
+            pool,
+            coming,
+            self.output,
+            self.settled,
+            self.stop,
+            self._written,
+            earlier=not self.tally.counts.keys() <= {"error"},
+            width=self.opened.config["d_model"] if self.opened.settings.keep_vectors else None,
+        )
         while scheduler.step():
             self._tell(plan)
         self._tell(plan)
@@ -184,8 +198,6 @@ class _Run:
             output.write_manifest(json.dumps(self._manifest(total), indent=1, ensure_ascii=False) + "\n")
             self.complete = True
         (output.path / f"{LOCK}-manifest").unlink(missing_ok=True)
-        if output.shard.of == 1:
-            output.clear_work()
 
     def _manifest(self, total: Total) -> dict[str, Any]:
         return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,9 @@ from nla_hub.log import logger
 from nla_hub.schema import differences
 
 LOCK = ".lock"
+
+PATIENCE = 60.0
+"""Seconds that another shard may take to read and write `job.yaml`."""
 
 SETTLED = "settled"
 """Key of job.yaml for what the job settled by itself when it first started: no difference to what is asked for now."""
@@ -61,8 +65,7 @@ class Output:
                     next_step="name an empty or new one",
                 )
         with _explained(self.path):
-            for folder in (self.path, self.path / PARTS, self.path / WORK):
-                folder.mkdir(parents=True, exist_ok=True)
+            (self.path / WORK).mkdir(parents=True, exist_ok=True)  # nothing that the check above would take for strange
             try:
                 if self.shard.of == 1:
                     self._locks = [Lock(self.path / LOCK)]
@@ -86,10 +89,14 @@ class Output:
 
     def _sweep(self) -> None:
         """Remove what writers left that were killed; nobody else writes a block that this job owns."""
-        for folder in (PARTS, VECTORS):
-            for path in (self.path / folder).glob(".part-*.tmp"):
-                block = block_of(Path(path.name.removeprefix(".").removesuffix(".tmp")))
-                if block is None or self.shard.owns(block):
+        with _explained(self.path):
+            for folder in (PARTS, VECTORS):
+                for path in (self.path / folder).glob(".part-*.tmp"):
+                    block = block_of(Path(path.name.removeprefix(".").removesuffix(".tmp")))
+                    if block is None or self.shard.owns(block):
+                        path.unlink(missing_ok=True)
+            if self.shard.of == 1:
+                for path in (*self.path.glob(f".{JOB}.*"), *self.path.glob(f".{MANIFEST}.*")):
                     path.unlink(missing_ok=True)
 
     # -- configuration ---------------------------------------------------------------------------------------
@@ -104,7 +111,11 @@ class Output:
             RunError: the job was started with another configuration; every difference is named.
         """
         path = self.path / JOB
-        if path.is_file():
+        with self._alone():
+            if not path.is_file():
+                with _explained(self.path):
+                    yaml_io.write_text(path, yaml_io.dumps(wanted))
+                return {}
             found = yaml_io.read(path, error=RunError)
             settled = found.pop(SETTLED, {})
             known = {key: value for key, value in settled.items() if named.get(key) is not None}
@@ -116,18 +127,35 @@ class Output:
                     next_step="name another place with -o, or repeat the settings it was started with",
                 )
             return dict(settled)
-        with _explained(self.path):
-            yaml_io.write_text(path, yaml_io.dumps(wanted))
-        return {}
 
     def settle(self, **values: Any) -> dict[str, Any]:
         """Add to what was settled, and return all of it; what another shard settled first stands."""
-        found = yaml_io.read(self.path / JOB, error=RunError)
-        settled = {**values, **found.get(SETTLED, {})}
-        if settled != found.get(SETTLED):
-            with _explained(self.path):
-                yaml_io.write_text(self.path / JOB, yaml_io.dumps({**found, SETTLED: settled}))
-        return settled
+        with self._alone():
+            found = yaml_io.read(self.path / JOB, error=RunError)
+            settled = {**values, **found.get(SETTLED, {})}
+            if settled != found.get(SETTLED):
+                with _explained(self.path):
+                    yaml_io.write_text(self.path / JOB, yaml_io.dumps({**found, SETTLED: settled}))
+            return settled
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other shards from `job.yaml` for a moment."""
+        if self.shard.of == 1:
+            yield
+            return
+        end = time.monotonic() + PATIENCE
+        while True:
+            try:
+                with _explained(self.path):
+                    lock = Lock(self.path / f"{LOCK}-settings")
+                break
+            except RunError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.01)
+        with lock:
+            yield
 
     # -- parts -----------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,13 +47,16 @@ class Plan:
         self._dataset = dataset
         self._make = make
         self._size = size
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self._db = _opened(path)
-        except sqlite3.DatabaseError as cause:
-            logger.warning("%s is damaged (%s): the input is read again from its beginning", path, cause)
-            path.unlink()
-            self._db = _opened(path)
+        with _explained():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self._db = _opened(path)
+            except sqlite3.DatabaseError as cause:
+                if isinstance(cause, sqlite3.OperationalError):  # no room, no rights: not the file's fault
+                    raise
+                logger.warning("%s is damaged (%s): the input is read again from its beginning", path, cause)
+                path.unlink()
+                self._db = _opened(path)
 
     def close(self) -> None:
         """Close the database."""
@@ -138,20 +141,28 @@ class Plan:
         """The first row of the first item that equals this one; None for that item itself."""
         if made.hash is None or not made.rows:
             return None
-        self._db.execute("insert or ignore into seen values (?, ?)", (made.hash, row))
+        with _explained():
+            self._db.execute("insert or ignore into seen values (?, ?)", (made.hash, row))
         first = int(self._db.execute("select first from seen where hash = ?", (made.hash,)).fetchone()[0])
         return first if first < row else None
 
     def _keep(self, statement: str, *values: int) -> None:
         """One statement, and with it everything since the last one, safely on disk."""
-        try:
+        with _explained():
             self._db.execute(statement, values)
             self._db.commit()
-        except sqlite3.OperationalError as cause:
-            raise RunError(f"The plan of the job cannot be written: {cause}", next_step=GO_ON) from cause
 
 
 GO_ON = "make room, then run the same command again: it goes on where it stopped"
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Say what to do where the plan cannot be written."""
+    try:
+        yield
+    except (OSError, sqlite3.OperationalError) as cause:
+        raise RunError(f"The plan of the job cannot be written: {cause}.", next_step=GO_ON) from cause
 
 
 def _opened(path: Path) -> sqlite3.Connection:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing import connection, get_context
+from multiprocessing import connection, get_context, resource_tracker
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +21,7 @@ from nla_hub.errors import InputError, NLAError
 from nla_hub.explain.compute import BlockResult, BlockWorker, batch_size_for, window
 from nla_hub.explain.rows import Block
 from nla_hub.explain.settings import JobSettings
+from nla_hub.explain.stop import SIGNALS
 from nla_hub.log import logger
 from nla_hub.nla import NLA
 
@@ -218,7 +219,7 @@ class Processes:
         ours, theirs = context.Pipe()
         watched, life = context.Pipe(duplex=False)
         process = context.Process(target=_serve, args=(theirs, watched, self._terms, gpu), daemon=True)
-        with _environment(gpu, self._terms):
+        with _environment(gpu, self._terms), _undisturbed():
             process.start()
         theirs.close()
         watched.close()
@@ -336,9 +337,24 @@ class _environment:
                 os.environ[key] = value
 
 
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """A process that is started here gets no signal of `SIGNALS` before it has decided what becomes of them."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    resource_tracker.ensure_running()  # else starting a process starts it first, and that lets the signals through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _serve(pipe: connection.Connection, life: connection.Connection, terms: Terms, gpu: str | None) -> None:
     """The life of a worker process: load, then compute what comes, until the employer is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the employer decides
+    for number in SIGNALS:  # they reach all processes of a terminal or a batch system; the employer decides
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_watch, args=(life,), daemon=True).start()
     try:
         worker = Worker(terms)

@@ -31,6 +31,8 @@ class Scheduler:
     Args:
         settled: what the job settled when it first started; `batch_size` is added where it is not there.
         written: called with each result that was written.
+        earlier: an earlier run of this job computed something, so the pair is known to work with these data.
+        width: of the vectors, where they are kept.
     """
 
     def __init__(
@@ -41,6 +43,9 @@ class Scheduler:
         settled: dict[str, Any],
         stop: Stop,
         written: Callable[[BlockResult], None],
+        *,
+        earlier: bool = False,
+        width: int | None = None,
     ) -> None:
         self._pool = pool
         self._ahead = ahead
@@ -48,6 +53,8 @@ class Scheduler:
         self._settled = settled
         self._stop = stop
         self._written = written
+        self._earlier = earlier
+        self._width = width
         self._retry: deque[Block] = deque()
         self._tries: Counter[int] = Counter()
         self._succeeded = False
@@ -74,6 +81,8 @@ class Scheduler:
 
     def _next(self) -> list[Block]:
         """What an idle worker gets: new blocks first; then those that failed, one by one, so that each is judged alone."""
+        if self._retry and self._earlier and not self._succeeded:  # all that is left may be what always fails
+            return [self._retry.popleft()]
         if blocks := self._ahead.take(self._window, wait=not self._in_hand and not self._retry):
             return blocks
         return [self._retry.popleft()] if self._retry and self._ahead.exhausted else []
@@ -104,7 +113,7 @@ class Scheduler:
         for block in event.blocks:
             self._tries[block.index] += 1
             often = self._tries[block.index] >= TRIES
-            if not self._succeeded and (often or self._tries.total() >= HOPELESS):
+            if not self._succeeded and ((often and not self._earlier) or self._tries.total() >= HOPELESS):
                 raise RunError(
                     f"Nothing could be computed: {event.reason}",
                     where=self._output.path,
@@ -113,7 +122,7 @@ class Scheduler:
                 )
             if often:
                 logger.error("Block %d is given up: %s", block.index, event.reason)
-                self._write(failed(block, f"{event.reason} ({TRIES} times)"))
+                self._write(failed(block, f"{event.reason} ({TRIES} times)", width=self._width))
             else:
                 self._retry.append(block)
                 logger.warning("Block %d is tried again: %s", block.index, event.reason)

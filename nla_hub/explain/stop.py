@@ -4,11 +4,26 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from nla_hub.log import logger
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def handlers_kept() -> Iterator[None]:
+    """Take back what a library that is started inside makes of these signals."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                if handler is not None:  # one that Python did not set
+                    signal.signal(number, handler)
 
 
 class Stop:
