@@ -156,7 +156,7 @@ def test_the_readme_has_its_two_commands() -> None:
     from_nothing = [text for text in found if text.startswith("python3 -m venv ")]  # .ci/run runs these two
     assert len(from_nothing) == 2
     assert "nla-hub explain" in from_nothing[0]
-    assert from_nothing[1].endswith("-m pytest")
+    assert from_nothing[1].endswith("-m pytest -n auto --dist loadfile")
 
 
 def test_every_recipe_names_its_launch_command() -> None:
