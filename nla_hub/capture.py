@@ -28,7 +28,7 @@ from nla_hub.batching import (
     run_batches,
 )
 from nla_hub.errors import VectorError
-from nla_hub.positions import Positions, select_positions
+from nla_hub.positions import Positions, select_in_pieces
 from nla_hub.sampling import RowKey, document_hash
 from nla_hub.sidecar import Site
 from nla_hub.source_text import Content, Encoded, Overflow, context_length, encode_source
@@ -161,15 +161,16 @@ def capture(
     pieces: list[tuple[int, Encoded, list[int]]] = []
     for i, content in enumerate(texts):
         where = f"text {i}"
-        for encoded in encode_source(
+        found = encode_source(
             tokenizer,
             content,
             parse_special_tokens=parse_special_tokens,
             max_length=limit,
             overflow=overflow,
             where=where,
-        ):
-            pieces.append((i, encoded, select_positions(encoded, positions, where=where, seed=seed)))
+        )
+        chosen = select_in_pieces(found, positions, where=where, seed=seed)
+        pieces += [(i, encoded, indices) for encoded, indices in zip(found, chosen, strict=True)]
     ids = list(doc_ids) if doc_ids is not None else [document_hash(content) for content in texts]
     hashes = [document_hash(content) for content in texts]
     vectors = run_trunk(

@@ -51,7 +51,9 @@ class Lock:
 
     def __init__(self, path: Path, *, shared: bool = False) -> None:
         self.path = path
-        self._handle = os.open(path, os.O_CREAT | os.O_RDWR | getattr(os, "O_CLOEXEC", 0), 0o644)
+        self._handle = os.open(
+            path, os.O_CREAT | os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0), 0o644
+        )
         if not _locked(self._handle, shared):
             os.close(self._handle)
             owner = Owner.read(path)

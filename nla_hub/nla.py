@@ -24,7 +24,7 @@ from nla_hub.loading import Source, open_pair
 from nla_hub.locate import Ref, resolve_pair
 from nla_hub.opening import read_contract
 from nla_hub.parts import Memory, Mode, PartName, Parts, build, source_loaders
-from nla_hub.positions import Positions, select_positions
+from nla_hub.positions import Positions, select_in_pieces
 from nla_hub.pretrained import LoadOptions
 from nla_hub.reconstructor import Reconstructor
 from nla_hub.results import Explanation, Explanations, Scores
@@ -297,16 +297,29 @@ class NLA:
             )
 
     def check_text(
-        self, content: Content, positions: Positions = "last", *, overflow: Overflow = "error", where: str = "text"
+        self,
+        content: Content,
+        positions: Positions = "last",
+        *,
+        overflow: Overflow = "error",
+        parse_special_tokens: bool = False,
+        where: str = "text",
     ) -> None:
         """Raise the InputError that `capture` would raise for one text or conversation, without running the model."""
         source = self.capture_source
         limit = context_length(source.loaded.model.config)
-        for encoded in encode_source(source.tokenizer, content, max_length=limit, overflow=overflow, where=where):
-            if not select_positions(encoded, positions, where=where):
-                raise PositionError(
-                    "No token of this text is among the positions.", where=where, expected=f"0 to {len(encoded) - 1}"
-                )
+        pieces = encode_source(
+            source.tokenizer,
+            content,
+            parse_special_tokens=parse_special_tokens,
+            max_length=limit,
+            overflow=overflow,
+            where=where,
+        )
+        if not any(select_in_pieces(pieces, positions, where=where)):
+            raise PositionError(
+                "No token of this text is among the positions.", where=where, expected=f"0 to {len(pieces[0]) - 1}"
+            )
 
     def verbalize(
         self,

@@ -60,6 +60,30 @@ def select_positions(encoded: Encoded, positions: Positions, *, where: str = "te
     return chosen
 
 
+def select_in_pieces(
+    pieces: Sequence[Encoded], positions: Positions, *, where: str = "text", seed: int = 0
+) -> list[list[int]]:
+    """The indices that `positions` names in each piece of a text; see `select_positions`.
+
+    Each piece is read by itself (overflow="stride"), so "last" or 5 is meant in each. A piece without such a token gives none,
+    unless all are without it.
+
+    Raises:
+        PositionError: no piece has them.
+    """
+    found: list[list[int]] = []
+    failure: PositionError | None = None
+    for piece in pieces:
+        try:
+            found.append(select_positions(piece, positions, where=where, seed=seed))
+        except PositionError as error:
+            found.append([])
+            failure = failure or error
+    if failure is not None and not any(found):
+        raise failure
+    return found
+
+
 def check_word(word: str) -> None:
     """Raise a PositionError for a text that is none of `WORDS`; no text has to be at hand."""
     if word in ("last", "all", "user", "assistant"):

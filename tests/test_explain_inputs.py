@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import errno
 import gzip
+import io
 import json
 import os
 import struct
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,7 @@ from safetensors.torch import save_file
 
 from nla_hub import Site, yaml_io
 from nla_hub.cli.explain import read_items
-from nla_hub.errors import HubNotFoundError, HubUnreachableError, InputError, MissingExtraError, SidecarError
+from nla_hub.errors import HubNotFoundError, HubUnreachableError, InputError, MissingExtraError, RunError, SidecarError
 from nla_hub.explain.inputs import (
     BadItem,
     Dataset,
@@ -37,6 +40,7 @@ from nla_hub.explain.inputs import (
     streamed,
     texts,
 )
+from nla_hub.explain.inputs.files import MIB, LocalFile
 from nla_hub.explain.inputs.naming import HubName, parse
 from nla_hub.explain.inputs.tables import ParquetReader
 from nla_hub.hub import HubOptions
@@ -387,6 +391,33 @@ def test_csv_rows_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert csv.field_size_limit() == before
 
 
+@pytest.mark.parametrize(
+    ("name", "header", "sign", "advice"),
+    [
+        ("a.csv", "id;text", "';'", "save it with commas"),
+        ("a.csv", '"id";"text";"other, one"', "';'", "save it with commas"),
+        ("a.csv", "id|text", "'|'", "with tabs as .tsv"),
+        ("a.csv", "id\ttext", r"'\t'", "rename it to .tsv"),
+        ("a.tsv", "id,text", "','", "rename it to .csv"),
+    ],
+)
+def test_a_table_with_another_delimiter(name: str, header: str, sign: str, advice: str, tmp_path: Path) -> None:
+    path = str(write(tmp_path / name, f"\ufeff{header}\r\n1;x\r\n"))
+    for column in (None, "text"):
+        with pytest.raises(InputError) as caught:
+            open_dataset(path, column=column)
+        assert f"seem to be divided by {sign}" in str(caught.value)
+        assert advice in str(caught.value)
+        assert "--column" not in str(caught.value)
+
+
+def test_a_single_column_is_no_other_delimiter(tmp_path: Path) -> None:
+    assert contents(open_dataset(str(write(tmp_path / "a.csv", "a;b\nx;y\n")), column="a;b")) == ["x;y"]
+    assert contents(open_dataset(str(write(tmp_path / "b.csv", "text\nx;y\n")))) == ["x;y"]
+    with pytest.raises(InputError, match="no column"):
+        open_dataset(str(write(tmp_path / "c.csv", "body\nx;y\n")))
+
+
 @pytest.mark.parametrize("data", ["text,text\na,b\n", 'text,id,"id"\na,b,c\n'])
 def test_a_column_that_is_there_twice(data: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is there twice"):
@@ -455,6 +486,170 @@ def test_a_file_that_vanishes_is_one_bad_item(tmp_path: Path) -> None:
     ]
     starts_anywhere(dataset)
     assert dataset.describe() != before
+
+
+class Failing(io.FileIO):
+    """A file whose second half fails to be read, as often as `times` says."""
+
+    def __init__(self, path: Path, error: Exception, times: list[int]) -> None:
+        super().__init__(path)
+        self.middle = path.stat().st_size // 2
+        self.error = error
+        self.times = times
+
+    def readinto(self, buffer: Any, /) -> int:
+        if self.times[0] and self.tell() + len(buffer) > self.middle:
+            self.times[0] -= 1
+            raise self.error
+        return super().readinto(buffer)
+
+    def readall(self) -> bytes:
+        data = bytearray(2**24)
+        return bytes(data[: self.readinto(data)])
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, name: str, error: Exception, times: list[int]) -> None:
+    """From now on, files of this name fail in their second half, `times[0]` times in all."""
+    real = LocalFile.open
+
+    def fails(self: LocalFile) -> Any:
+        if self.path.name == name:
+            return io.BufferedReader(Failing(self.path, error, times), 4096)
+        return real(self)
+
+    monkeypatch.setattr(LocalFile, "open", fails)
+
+
+def large_file(path: Path) -> Path:
+    """Sixty rows that no compression makes small, in the format that the ending says."""
+    rng = np.random.default_rng(len(path.name))
+    noise = [rng.bytes(1000).hex() for _ in range(60)]
+    records: list[dict[str, Any]] = [{"text": text} for text in noise]
+    plain = "".join(json.dumps(record) + "\n" for record in records).encode()
+    if path.suffix == ".gz":
+        return write(path, gzip.compress(plain))
+    if path.suffix == ".zst":
+        return write(path, pa.Codec("zstd").compress(plain, asbytes=True))
+    if path.suffix == ".txt":
+        return write(path, noise[0] * 20)
+    if path.suffix in (".arrow", ".feather"):
+        return arrow(path, path.suffix == ".feather", 10, text=noise)
+    values = rng.standard_normal((60, 500)).astype(np.float32)
+    if path.suffix == ".npy":
+        np.save(path, values)
+        return path
+    if path.suffix == ".safetensors":
+        save_file({"x": torch.from_numpy(values)}, path)
+        return path
+    return parquet(path, 20, text=noise) if path.suffix == ".parquet" else as_file(path, records)
+
+
+ENDINGS = ["txt", "jsonl", "jsonl.gz", "jsonl.zst", "json", "csv", "parquet", "arrow", "feather", "npy", "safetensors"]
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_disk_that_fails_costs_no_row_and_shifts_none(
+    ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nla_hub.explain.inputs.arrays.CHUNK", 2**14)
+    monkeypatch.setattr("nla_hub.explain.inputs.tables.PAGE_BUFFER", 2**13)
+    for name in "abc":
+        large_file(tmp_path / f"{name}.{ending}")
+    whole = comparable(list(open_dataset(str(tmp_path)).items()))
+    assert not errors(open_dataset(str(tmp_path)))
+    dataset = open_dataset(str(tmp_path))
+    error = OSError(errno.EIO, os.strerror(errno.EIO))
+    failing(monkeypatch, f"b.{ending}", error, [1])
+    found: list[Any] = []
+    with pytest.raises(RunError, match=f"b.{ending}: Reading stopped: Input/output error") as caught:
+        found.extend(dataset.items())
+    assert "it goes on where it stopped" in str(caught.value)
+    assert comparable(found) == whole[: len(found)]
+    assert len(found) >= len(whole) // 3
+    assert comparable(list(open_dataset(str(tmp_path)).items(len(found)))) == whole[len(found) :]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ESTALE, "Stale file handle"), "Reading stopped: Stale file handle"),
+        (PermissionError(errno.EACCES, "Permission denied"), "Reading stopped: Permission denied"),
+        (TimeoutError("timed out"), "Reading stopped: timed out"),
+        (MemoryError(), "not enough memory"),
+    ],
+)
+def test_what_ends_the_reading_of_a_file(
+    error: Exception, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for ending in ("jsonl", "parquet", "npy", "json"):
+        path = large_file(tmp_path / f"a.{ending}")
+        dataset = open_dataset(str(path))
+        with monkeypatch.context() as patch:
+            failing(patch, path.name, error, [10**6])
+            for act in (lambda d=dataset: list(d.items()), dataset.describe):
+                with pytest.raises(RunError, match=words):
+                    act()
+    path = large_file(tmp_path / "only.json")
+    failing(monkeypatch, path.name, error, [10**6])
+    with pytest.raises(RunError, match=words):
+        open_dataset(str(path))
+
+
+def test_a_damaged_length_is_no_lack_of_memory(tmp_path: Path) -> None:
+    path = arrow(tmp_path / "a.arrow", True, 3, text=[f"t{i}" for i in range(9)])
+    data = path.read_bytes()
+    broken = 0
+    for i in range(0, len(data) - 8, 8):
+        path.write_bytes(data[:i] + struct.pack("<q", 2**61) + data[i + 8 :])
+        with suppress(InputError):
+            broken += None in contents(open_dataset(str(path)))
+    assert broken
+
+
+def test_a_file_that_vanishes_behind_its_beginning_shifts_nothing(tmp_path: Path) -> None:
+    for name in "abc":
+        lines(tmp_path / f"{name}.jsonl", *({"text": f"{name}{i}"} for i in range(4)))
+    dataset = open_dataset(str(tmp_path))
+    dataset.describe()
+    (tmp_path / "b.jsonl").rename(tmp_path / "b.away")
+    for start in (5, 8, 11):
+        with pytest.raises(RunError, match=r"b.jsonl: Rows of this file may be done.*no longer there") as caught:
+            contents(dataset, start)
+        assert "put it back" in str(caught.value)
+    (tmp_path / "b.away").rename(tmp_path / "b.jsonl")
+    assert contents(dataset, 5)[0] == "b1"
+    (tmp_path / "b.jsonl").unlink()
+    assert contents(dataset, 4) == [None, "c0", "c1", "c2", "c3"]
+    lines(tmp_path / "b.jsonl", {"text": "back"}, {"text": "again"})
+    assert contents(dataset, 4) == [None, "c0", "c1", "c2", "c3"]
+
+
+def test_a_file_that_was_never_there_stays_one_bad_item(tmp_path: Path) -> None:
+    lines(tmp_path / "a.jsonl", {"text": "a"})
+    (tmp_path / "b.jsonl").symlink_to("absent")
+    lines(tmp_path / "c.jsonl", {"text": "c"})
+    for start in range(4):
+        resumed = open_dataset(str(tmp_path))
+        assert resumed.describe()["files"][1] == {"name": "b.jsonl", "size": None, "sha256": None}
+        assert contents(resumed, start) == ["a", None, "c"][start:]
+
+
+def test_a_folder_that_fails_is_not_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "ab":
+        lines(tmp_path / name / "x.jsonl", {"text": name})
+    real = os.scandir
+
+    def scan(path: Any) -> Any:
+        if Path(path).name == "b":
+            raise error
+        return real(path)
+
+    monkeypatch.setattr("nla_hub.explain.inputs.naming.os.scandir", scan)
+    error = PermissionError(errno.EACCES, "Permission denied")
+    assert contents(open_dataset(f"{tmp_path}/**/*.jsonl")) == ["a"]
+    error = OSError(errno.EIO, "Input/output error")  # type: ignore[assignment]
+    with pytest.raises(RunError, match="Reading stopped"):
+        open_dataset(f"{tmp_path}/**/*.jsonl")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is unreadable for root")
@@ -685,7 +880,7 @@ def test_numpy_files_that_hold_no_vectors(data: bytes, words: str, tmp_path: Pat
 
 def test_nothing_is_unpickled(tmp_path: Path) -> None:
     np.save(tmp_path / "v.npy", np.array([Trap(tmp_path / "sprung")], dtype=object), allow_pickle=True)
-    with pytest.raises(InputError, match="pickled Python objects"):
+    with pytest.raises(InputError, match=r"pickled Python objects[\s\S]*Next: save it as numbers: np\.save"):
         open_dataset(str(tmp_path / "v.npy"))
     assert not (tmp_path / "sprung").exists()
 
@@ -768,6 +963,27 @@ def test_data_are_the_same_wherever_they_lie_and_others_where_a_byte_differs(tmp
     assert described("one", long) == described("other", long)
     for changed in (b"[" + long[1:], long[:-2] + b"\n\n", long + b"\n"):
         assert described("one", changed) != described("other", long)
+
+
+def test_vectors_of_whole_numbers_come_with_a_next_step(tmp_path: Path) -> None:
+    np.save(tmp_path / "v.npy", np.ones((2, 3), np.int64))
+    with pytest.raises(InputError, match=r"values are int64[\s\S]*Next: .*token ids.*astype\(np\.float32\)"):
+        open_dataset(str(tmp_path / "v.npy"))
+
+
+def test_an_edit_in_the_middle_of_a_large_file_is_seen(tmp_path: Path) -> None:
+    data = bytearray(b'{"text": "x"}\n' * (6 * MIB // 14))
+    path = write(tmp_path / "a.jsonl", bytes(data))
+    dataset = open_dataset(str(path))
+    before = dataset.describe()
+    middle = len(data) - 2 * MIB
+    for i in range(16):
+        changed = bytearray(data)
+        changed[MIB + i * middle // 16 + 1000] ^= 1
+        path.write_bytes(changed)
+        assert dataset.describe() != before
+    path.write_bytes(data)
+    assert dataset.describe() == before
 
 
 def test_what_is_noted_of_many_files_stays_small(tmp_path: Path) -> None:

@@ -24,11 +24,12 @@ from report_jobs import REFERENCE, made_up, of_text, real_rows, write_job
 from nla_hub import NLA
 from nla_hub.errors import InputError, MissingExtraError, RunError
 from nla_hub.explain.result import JobResult
+from nla_hub.explain.tally import Tally
 from nla_hub.geometry import Reference
 from nla_hub.report import choice, explanation_map, page, scale, table, write
 from nla_hub.report import survey as survey_module
 from nla_hub.report.explanation_map import AT_LEAST
-from nla_hub.report.survey import POSITIONS, survey
+from nla_hub.report.survey import POSITIONS, Bin, survey
 from nla_hub.report.tokens import CLASSES, Gap, Token, pieces, token_class
 from nla_hub.report.write import write_report
 from nla_hub.results import Explanation, Explanations
@@ -200,6 +201,10 @@ def mixed_rows(documents: int = 40, *, length: int = 30) -> list[dict[str, Any]]
     return rows
 
 
+def error_of(rows: Bin) -> float | None:
+    return None if rows.mean_mse is None else rows.mean_mse / 0.8
+
+
 def test_figures_are_those_of_all_rows(tmp_path: Path) -> None:
     rows = mixed_rows()
     result = JobResult.open(write_job(tmp_path / "out", rows, block=37))
@@ -216,14 +221,14 @@ def test_figures_are_those_of_all_rows(tmp_path: Path) -> None:
     }
     assert found.errors == {"the vector is NaN": sum(r["status"] is None for r in rows)}
     assert found.flags == {"early": 400}
-    assert found.error(found.total, 0.8) == pytest.approx(mean(counted))
+    assert error_of(found.total) == pytest.approx(mean(counted))
     for start, end, one in zip(POSITIONS, [*POSITIONS[1:], math.inf], found.positions, strict=True):
         own = [row for row in counted if start <= row["position"] < end]
         assert one.n == len(own)
-        assert found.error(one, 0.8) == (pytest.approx(mean(own)) if own else None)
+        assert error_of(one) == (pytest.approx(mean(own)) if own else None)
     commas = [row for row in counted if row["token"] == ","]
     assert found.classes["punctuation"].n == len(commas)
-    assert found.error(found.classes["punctuation"], 0.8) == pytest.approx(mean(commas))
+    assert error_of(found.classes["punctuation"]) == pytest.approx(mean(commas))
     scored = [row for row in rows if row["mse"] is not None]
     edges = [-1, *scale.EDGES, math.inf]
     assert found.steps == [sum(a <= r["mse"] / 0.8 < b for r in scored) for a, b in pairwise(edges)]
@@ -350,13 +355,53 @@ def test_rows_are_told_apart_where_they_have_no_score(tmp_path: Path) -> None:
     assert [row.get("m") for row in data["rows"]] == [None, None, "poisoned", None]
 
 
-def test_an_unscored_job_has_no_error(tmp_path: Path) -> None:
-    rows = [row | {"cosine": None, "mse": None} for row in of_text(list("abc"))]
-    rows[0] |= {"status": "empty", "text": None}
-    page = opened(write_job(tmp_path / "out", rows))
-    assert "FVE (raw variance): not measured" in page.text
-    assert page.text.count("not measured") >= 5
-    assert "rect" not in page.source.split('id="figures"')[1].split("</section>")[0]
+NOT_SCORED = "Not scored: the text is longer than the AR reads."
+
+
+@pytest.mark.parametrize("scored", [0, 2])
+def test_rows_without_a_score_count_as_in_the_manifest(tmp_path: Path, scored: int) -> None:
+    rows = of_text(list("abcde"), cosine=lambda i: 0.9 - i / 10)
+    for row in rows[scored:4]:
+        row |= {"cosine": None, "mse": None, "error": NOT_SCORED}
+    rows[4] |= {"status": "empty", "text": None, "cosine": None, "mse": None}
+    rows.append(made_up(5, status=None, raw=None, error="the vector is NaN"))
+    rows.append(made_up(6, status=None, raw=None, copy_of=0))
+    out = write_job(tmp_path / "out", rows, block=2)
+    tally = Tally(REFERENCE)
+    for part in JobResult.open(out).tables():
+        tally.add(part)
+    page = opened(out)
+    assert f"{tally.fve()}{tally.fve('mean_norm')}" in page.text
+    assert f"mean cosine{tally.mean_cosine:.3f}" in page.text
+    assert f"{4 - scored} {NOT_SCORED}1 the vector is NaN" in page.text
+    found = survey(JobResult.open(out), rows=5, denominator=0.8)
+    assert sum(one.n for one in found.positions) == found.total.n == tally.fve().n == 5
+    (lists,) = page.data["lists"]
+    listed = [page.data["rows"][i] for i in lists["failed"]]
+    assert [row["m"] for row in listed] == [NOT_SCORED] * (4 - scored) + ["the vector is NaN"]
+    assert [row["z"] for row in listed] == ["unscored"] * (4 - scored) + ["failed"]
+
+
+def test_copies_that_are_not_filled_in_yet_are_no_errors(tmp_path: Path) -> None:
+    rows = [*of_text(list("abc")), *of_text(list("abc"), document=1, first=3, doc_id="again")]
+    before = survey(JobResult.open(write_job(tmp_path / "before", rows[:3])), rows=5, denominator=0.8)
+    for row in rows[3:]:
+        row |= {"status": None, "text": None, "raw": None, "cosine": None, "mse": None, "norm": None}
+        row["copy_of"] = row["row"] - 3
+    out = write_job(tmp_path / "out", rows)
+    found = survey(JobResult.open(out), rows=5, denominator=0.8)
+    assert (found.rows, found.waiting, found.errors, found.failed) == (6, 3, {}, [])
+    assert (found.total, found.statuses, found.cosine) == (before.total, before.statuses, before.cosine)
+    assert (found.classes, found.positions) == (before.classes, before.positions)
+    page = opened(out)
+    assert "copies not filled in yet3, counted in no figure" in page.text
+    assert "no reason recorded" not in page.source
+    states = [piece[4] for document in page.data["documents"] for piece in document["columns"][0]]
+    assert sorted(states) == ["e3"] * 3 + ["waiting"] * 3
+    assert [(row["y"], "m" in row) for row in page.data["rows"] if row["z"] == "waiting"] == [
+        (i, False) for i in range(3)
+    ]
+    assert "not filled in yet" not in opened(write_job(tmp_path / "done", rows[:3])).text
 
 
 def test_without_a_reference_the_scale_says_so(tmp_path: Path) -> None:
@@ -383,11 +428,51 @@ def test_a_finished_job_speaks_for_itself_and_an_unfinished_one_says_so(tmp_path
     assert "done" not in running.text.split("Tokens")[0]
 
 
-@pytest.mark.parametrize("manifest", [{}, {"fve": None, "mean_cosine": "high", "backed_off": 3}, {"fve": [{}]}])
+STRANGE: list[dict[str, Any]] = [
+    {},
+    {"fve": None, "mean_cosine": "high", "backed_off": 3},
+    {"fve": [{}]},
+    {"fve": {"value": 1}, "counts": 3, "blocks": math.inf, "errors": ["x"], "mean_cosine": math.nan},
+    {"fve": [1, "x"], "counts": [], "blocks": "many", "errors": {"x": "y"}, "mean_cosine": 10**400},
+    {"fve": [{"value": 10**400, "n": math.inf, "dataset": "\ud800", "baseline": []}], "backed_off": ["\udc00"]},
+]
+
+
+@pytest.mark.parametrize("manifest", STRANGE)
 def test_what_a_manifest_does_not_say_is_measured_or_not(tmp_path: Path, manifest: dict[str, Any]) -> None:
     page = opened(write_job(tmp_path / "out", of_text(["a"]), config={"data": None, "n": None}, manifest=manifest))
     assert "FVE (raw variance" in page.text
     assert "n=not measured" in page.text
+    assert not re.search(r"\b(nan|inf)\b", page.text)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"reference": "x"}, "`reference` is no mapping (got str"),
+        ({"reference": {"dataset": "x"}}, "raw_variance"),
+        ({"reference": asdict(REFERENCE) | {"n": "many"}}, "'many'"),
+        ({"reference": {1: 2}}, "fault"),
+        ({"site": 3}, "`site` is no mapping (got int"),
+        ({"data": ["x"]}, "`data` is no mapping (got list"),
+    ],
+)
+def test_a_job_yaml_of_another_form_is_refused(tmp_path: Path, config: dict[str, Any], words: str) -> None:
+    with pytest.raises(RunError) as refused:
+        opened(write_job(tmp_path / "out", of_text(["a"]), config=config))
+    assert "job.yaml: " in str(refused.value)
+    assert words in str(refused.value)
+
+
+def test_only_files_are_parts_and_a_manifest_is_one_object(tmp_path: Path) -> None:
+    out = write_job(tmp_path / "out", of_text(list("abcd")), block=2)
+    (out / "parts" / "part-000002.parquet").mkdir()
+    assert [part.name for part in JobResult.open(out).parts] == ["part-000000.parquet", "part-000001.parquet"]
+    assert "unfinished: 2 of ? blocks" in opened(out).text
+    for text in ("[1]", "{", "[" * 200_000):
+        (out / "manifest.json").write_text(text)
+        with pytest.raises(RunError, match=r"manifest\.json"):
+            JobResult.open(out)
 
 
 def test_bare_vectors_and_jobs_without_rows(tmp_path: Path) -> None:

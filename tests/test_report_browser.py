@@ -51,7 +51,8 @@ def plain_rows(words: Sequence[str] = WORDS) -> list[dict[str, Any]]:
         )
     rows[2] |= {"status": "no_tags", "text": None, "raw": "raw words", "cosine": None, "mse": None}
     rows[3] |= {"status": None, "text": None, "raw": None, "cosine": None, "mse": None, "error": "the vector is NaN"}
-    rows[4] |= {"cosine": None, "mse": None}
+    rows[4] |= {"cosine": None, "mse": None, "error": "Not scored: too long for the AR"}
+    rows[-1] |= {"status": None, "text": None, "raw": None, "cosine": None, "mse": None, "norm": None, "copy_of": 13}
     return rows
 
 
@@ -180,7 +181,14 @@ def test_pointer(visit: Callable[..., Any]) -> None:
     assert "No usable explanation: no_tags" in panel(page)
     assert "raw words" in panel(page)
     tokens(page).nth(3).hover()
+    assert "In error" in panel(page)
     assert "the vector is NaN" in panel(page)
+    tokens(page).nth(4).hover()
+    assert "number 0x4" in panel(page)
+    assert "Not scored: too long for the AR" in panel(page)
+    tokens(page, 3).last.hover()
+    assert "Not filled in yet: a copy of row 13" in panel(page)
+    assert "usable" not in panel(page)
     tokens(page).nth(6).click()
     assert tokens(page).nth(6).get_attribute("aria-pressed") == "true"
     tokens(page, 2).nth(9).hover()
@@ -217,7 +225,13 @@ def test_keyboard(visit: Callable[..., Any]) -> None:
     assert focused(page) == "The"
     page.keyboard.press("ArrowRight")
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
-    assert "number 0x1" in page.locator("#live").text_content()
+    live = page.locator("#live")
+    assert "number 0x1" in live.text_content()
+    tokens(page).nth(4).focus()
+    assert "number 0x4 (really). Not scored: too long" in live.text_content()
+    tokens(page, 3).last.focus()
+    assert "not filled in yet, a copy of row 13" in live.text_content()
+    tokens(page).nth(1).focus()
     page.keyboard.press("Enter")
     page.keyboard.press("ArrowRight")
     assert focused(page) == " sat"
@@ -276,7 +290,7 @@ def test_lists_lead_to_tokens_and_links_to_rows(visit: Callable[..., Any]) -> No
 def test_the_map_and_the_tokens_know_each_other(visit: Callable[..., Any]) -> None:
     page = visit("plain")
     points = page.locator(".point")
-    assert points.count() == 54  # two of the 56 rows have no explanation
+    assert points.count() == 53  # three of the 56 rows have no explanation
     label = points.nth(20).get_attribute("aria-label").removeprefix("1 row: ")
     points.nth(20).dispatch_event("click")
     assert label in panel(page)
@@ -296,7 +310,7 @@ def test_the_map_and_the_tokens_know_each_other(visit: Callable[..., Any]) -> No
     assert page.locator("[aria-pressed=true].tok").count() == 1
     page.locator("#groups button").first.click()
     n = int(page.locator("#groups li").first.inner_text().split("n=")[1].split(",")[0])
-    assert page.locator(".point.faded").count() == 54 - n
+    assert page.locator(".point.faded").count() == 53 - n
 
 
 def test_two_jobs_side_by_side(visit: Callable[..., Any]) -> None:

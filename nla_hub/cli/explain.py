@@ -27,9 +27,14 @@ EXAMPLE = "today otto came to the island. he had a drum in red. parrots squawked
 """Explained where no text is given: the beginning of a story of the tiny world."""
 
 
+EXAMPLES = (
+    'nla-hub explain "the cat sat" --positions all   |   nla-hub explain --data posts.jsonl -o OUT --positions sample:5'
+)
+
+
 def register(app: typer.Typer) -> None:
     """Add `explain` to the command."""
-    app.command("explain")(explain)
+    app.command("explain", epilog=EXAMPLES)(explain)
 
 
 class Overflow(StrEnum):
@@ -83,23 +88,27 @@ def explain(
         ),
     ] = None,
     column: Annotated[
-        str | None, typer.Option(help='Column of the texts ("text"), or of the vectors; tensor of a .safetensors file.')
+        str | None,
+        typer.Option(help='Of --data: column of the texts ("text") or vectors; tensor of a .safetensors file.'),
     ] = None,
-    messages_column: Annotated[str | None, typer.Option(help='Column of conversations ("messages").')] = None,
-    id_column: Annotated[str | None, typer.Option(help='Column of ids ("doc_id", else "id").')] = None,
+    messages_column: Annotated[
+        str | None, typer.Option(help='Of --data: column of conversations ("messages").')
+    ] = None,
+    id_column: Annotated[str | None, typer.Option(help='Of --data: column of ids ("doc_id", else "id").')] = None,
     limit: Annotated[int | None, typer.Option(help="Items of --data at most.", min=1)] = None,
     workers: Annotated[
-        int, typer.Option(help="Processes that compute: one a GPU, or shares of the processor.", min=1)
+        int, typer.Option(help="With --data: processes that compute, one a GPU, or shares of the processor.", min=1)
     ] = 1,
     runner: Annotated[
-        RunnerName, typer.Option(help="ray: the workers are actors of a Ray cluster.")
+        RunnerName, typer.Option(help="With --data: ray makes the workers actors of a Ray cluster.")
     ] = RunnerName.local,
     shard: Annotated[
-        str | None, typer.Option(metavar="I/N", help="Only every N-th block; N such runs come to the same rows.")
+        str | None,
+        typer.Option(metavar="I/N", help="With --data: only every N-th block; N such runs come to the same rows."),
     ] = None,
-    threads: Annotated[int, typer.Option(help="Threads of a worker on the processor.", min=1)] = 1,
-    keep_vectors: Annotated[bool, typer.Option("--keep-vectors", help="Write the vectors too.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing.")] = False,
+    threads: Annotated[int, typer.Option(help="With --data: threads of a worker on the processor.", min=1)] = 1,
+    keep_vectors: Annotated[bool, typer.Option("--keep-vectors", help="With --data: write the vectors too.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="With --data: ask nothing.")] = False,
     nla: pair.Name = "tiny",
     ar: pair.Ar = None,
     base_model: pair.Base = None,
@@ -127,7 +136,12 @@ def explain(
     overflow: Annotated[
         Overflow, typer.Option(help="What to do with texts longer than the model reads.")
     ] = Overflow.error,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a row.")] = False,
+    parse_special_tokens: Annotated[
+        bool, typer.Option("--parse-special-tokens", help="Read special tokens that a text spells as such.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object a row; with --data one object with the figures.")
+    ] = False,
 ) -> None:
     """Explain the activations of texts: what the model holds at a token, in words, with the measured score."""
     where = parse_positions(positions)
@@ -172,6 +186,7 @@ def explain(
             max_new_tokens=max_new_tokens,
             seed=seed,
             overflow=overflow.value,
+            parse_special_tokens=parse_special_tokens,
             keep_vectors=keep_vectors,
             batch_size=batch_size,
             threads=threads,
@@ -198,9 +213,10 @@ def explain(
         memory=memory,
     )
     settings = {"n": n, "temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
+    reading = {"overflow": overflow.value, "parse_special_tokens": parse_special_tokens}
     try:
         with loaded:
-            found, failed = run(loaded, items, where, overflow.value, batch_size, settings)
+            found, failed = run(loaded, items, where, batch_size, reading, settings)
     except Interrupted as stop:
         show_rows(stop.done, [], items, as_json=as_json)
         output.message(f"{len(stop.done)} rows were done; they have no scores.")
@@ -231,16 +247,26 @@ def show_rows(found: Explanations, failed: list[Item], items: list[Item], *, as_
 
 
 def run(
-    loaded: NLA, items: list[Item], positions: Any, overflow: Any, batch_size: int | None, settings: dict[str, Any]
+    loaded: NLA,
+    items: list[Item],
+    positions: Any,
+    batch_size: int | None,
+    reading: dict[str, Any],
+    settings: dict[str, Any],
 ) -> tuple[Explanations, list[Item]]:
-    """Explanations of the items that can be read, and the items that cannot, with their reasons."""
+    """Explanations of the items that can be read, and the items that cannot, with their reasons.
+
+    Args:
+        reading: `overflow` and `parse_special_tokens`.
+        settings: how texts are drawn.
+    """
     from nla_hub.results import Explanations
 
     good, failed = [], [item for item in items if item.error is not None]
     for item in items:
         if item.error is None:
             try:
-                loaded.check_text(item.content, positions, overflow=overflow, where=item.name)
+                loaded.check_text(item.content, positions, where=item.name, **reading)
             except InputError as error:
                 failed.append(Item(item.name, item.content, error.one_line(), _on_the_command_line(error.next_step)))
             else:
@@ -250,9 +276,9 @@ def run(
     found = loaded.explain(
         [item.content for item in good],
         positions,
-        overflow=overflow,
         batch_size=batch_size,
         doc_ids=[item.name for item in good],
+        **reading,
         **settings,
     )
     return found, failed
@@ -340,7 +366,7 @@ def parse_positions(text: str) -> Any:
     try:
         if ":" in text:
             parts = [int(part) if part.strip() else None for part in text.split(":")]
-            if len(parts) > 3:
+            if len(parts) > 3 or parts[2:] == [0]:
                 raise ValueError
             return slice(*parts)
         numbers = [int(part) for part in text.split(",")]

@@ -74,7 +74,9 @@ def run(
         )
     except Interrupted as stop:
         line.end()
-        output.message(f"{stop.done.rows:,} rows are done and kept. The same command goes on:\n  {command()}")
+        if as_json:
+            output.print_json_lines([to_mapping(stop.done)])
+        output.message(f"{_rows(stop.done.rows)} done and kept. The same command goes on:\n  {command()}")
         raise
     finally:
         line.end()
@@ -149,20 +151,30 @@ def show(summary: JobSummary, *, as_json: bool) -> None:
     output.print_text(f"mean cosine: {cosine}")
     if summary.computed:
         rate = summary.computed / summary.seconds
-        output.message(f"{summary.computed:,} rows in {duration(summary.seconds)}, {rate:.1f} a second.")
+        output.message(f"{_rows(summary.computed)} in {duration(summary.seconds)}, {rate:.1f} a second.")
     if summary.backed_off:
         output.message(
             f"In {len(summary.backed_off)} blocks memory did not suffice for the batch: their rows are as good, but need "
             "not be the same in every byte as those of another run."
         )
     for reason, count in list(summary.errors.items())[:REASONS]:
-        logger.error("%d rows: %s", count, reason)
+        logger.error("%s: %s", "1 row" if count == 1 else f"{count:,} rows", reason)
     if len(summary.errors) > REASONS:
         logger.error("... and %d more reasons (manifest.json)", len(summary.errors) - REASONS)
+    if summary.errors:
+        output.message("Which rows, and where they come from, stands in the column `error` of the parts.")
+    if any("longer than the model reads" in reason for reason in summary.errors):
+        output.message("Texts that are too long: --overflow truncate (their beginning) or stride, with another -o.")
+    if not summary.rows:
+        logger.warning("No row came of this data set: see --positions, and whether it holds anything.")
     if summary.complete:
         output.message(f"All rows are in {summary.path / 'parts'}. To look at them: {report_command(summary.path)}")
     else:
         output.message(f"This shard is done; others have still to do theirs. The rows are in {summary.path / 'parts'}.")
+
+
+def _rows(n: int) -> str:
+    return "1 row" if n == 1 else f"{n:,} rows"
 
 
 def report_command(path: Path) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -50,15 +51,22 @@ class BlockResult:
 
 @dataclass
 class _State:
-    """A block on its way: the rows that have a vector, and what was made of them."""
+    """A block on its way: the rows that have a vector, and what was made of those that are no copies."""
 
     block: Block
-    rows: list[PlannedRow]
-    vectors: Tensor
+    kept: list[PlannedRow]
+    kept_vectors: Tensor
     faults: dict[int, str]
+    rows: list[PlannedRow] = field(init=False)
+    vectors: Tensor = field(init=False)
     found: list[Explanation] | None = None
     scores: Scores | None = None
     backed_off: bool = False
+
+    def __post_init__(self) -> None:
+        new = [i for i, row in enumerate(self.kept) if row.copy_of is None]
+        self.rows = [self.kept[i] for i in new]
+        self.vectors = self.kept_vectors[new]
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,6 @@ class BlockWorker:
     Attributes:
         batch_size: rows that the engine runs together.
         from_source: vectors of the input were captured at the pair's own site.
-        in_sample: the pair has no FVE reference, so that of the job's own vectors is measured.
     """
 
     nla: NLA
@@ -84,6 +91,12 @@ class BlockWorker:
         for state in states:
             self._again(state, self._scored)
         return [self._result(state) for state in states]
+
+    @property
+    def _model(self) -> str:
+        """What the rows call the AV: a directory by its name alone, which is the same wherever it lies."""
+        name = self.nla.av.name
+        return PurePath(name).name if PurePath(name).is_absolute() else name
 
     def _staged(self, stage: Callable[[Block], _State], block: Block) -> _State:
         with halvings() as seen:
@@ -177,14 +190,14 @@ class BlockWorker:
         explained: dict[int, dict[str, Any]] = {}
         assert state.found is not None
         for i, (row, found) in enumerate(zip(state.rows, state.found, strict=True)):
-            values = found.to_dict()
+            values = found.to_dict() | {"model": self._model}
             if state.scores is not None:
                 values |= {"cosine": state.scores.cosine[i], "mse": state.scores.mse[i]}
             explained[row.row] = values
         records = [_record(row, explained.get(row.row), state.faults.get(row.row)) for row in state.block.rows]
         table = pa.Table.from_pylist(records, schema=schema())
         if self.nla.reference is None:
-            table = table.replace_schema_metadata(in_sample_metadata(state.vectors))
+            table = table.replace_schema_metadata(in_sample_metadata(state.kept_vectors))
         vectors = _vector_table(state, self.nla.d_model) if self.settings.keep_vectors else None
         return BlockResult(state.block.index, table, vectors, len(state.rows), state.backed_off)
 
@@ -195,7 +208,8 @@ def failed(block: Block, reason: str, *, width: int | None = None) -> BlockResul
     Args:
         width: of the vectors, where they are kept; there are none then, which is written too.
     """
-    records = [_record(row, None, reason if row.source >= 0 else None) for row in block.rows]
+    lost = [row.source >= 0 and row.copy_of is None for row in block.rows]
+    records = [_record(row, None, reason if gone else None) for row, gone in zip(block.rows, lost, strict=True)]
     vectors = None if width is None else vector_schema(width).empty_table()
     return BlockResult(block.index, pa.Table.from_pylist(records, schema=schema()), vectors)
 
@@ -226,8 +240,8 @@ def _record(row: PlannedRow, found: Mapping[str, Any] | None, fault: str | None)
 
 
 def _vector_table(state: _State, d: int) -> pa.Table:
-    flat = pa.array(state.vectors.contiguous().numpy().reshape(-1), type=pa.float32())
-    rows = pa.array([row.row for row in state.rows], pa.int64())
+    flat = pa.array(state.kept_vectors.contiguous().numpy().reshape(-1), type=pa.float32())
+    rows = pa.array([row.row for row in state.kept], pa.int64())
     return pa.table([rows, pa.FixedSizeListArray.from_arrays(flat, d)], schema=vector_schema(d))
 
 

@@ -18,7 +18,9 @@ PARTS_AT_HAND = 8
 
 
 def fill_copies(output: Output, blocks: Iterable[int], size: int) -> None:
-    """Fill in the rows whose original is in an earlier block; a part is replaced whole, so this may be repeated.
+    """Fill in the rows whose original is in an earlier block, and those whose original was computed again since.
+
+    A part is replaced whole, so this may be repeated.
 
     Args:
         size: rows of a block.
@@ -33,11 +35,11 @@ def fill_copies(output: Output, blocks: Iterable[int], size: int) -> None:
         if all(copy_of is None for copy_of in output.read(block, ["copy_of"]).column(0).to_pylist()):
             continue
         table = output.read(block)
-        rows = table.to_pylist()
-        empty = [row for row in rows if row["copy_of"] is not None and row["status"] is None and row["error"] is None]
-        if not empty:
+        rows, before = table.to_pylist(), table.to_pylist()
+        for row in rows:
+            if row["copy_of"] is not None:
+                row |= originals(row["copy_of"] // size)[row["copy_of"] % size]
+        if rows == before:
             continue
-        for row in empty:
-            row |= originals(row["copy_of"] // size)[row["copy_of"] % size]
         filled = pa.Table.from_pylist(rows, schema=schema()).replace_schema_metadata(table.schema.metadata)
         output.commit(block, filled)

@@ -110,8 +110,8 @@ class _Run:
         self.started = time.monotonic()
         self.computed = 0
         self.done: set[int] = set()
-        self._recount()
         self.total = self._told_total()
+        self._recount()
         self.complete = self.total is not None and self.done.issuperset(range(self.total.blocks))
         if self.tally.rows:
             logger.info("%d rows are there already", self.tally.rows)
@@ -120,10 +120,14 @@ class _Run:
         """Count anew what is written, in the order of the blocks."""
         self.tally = Tally(self.opened.reference)
         self.done.clear()
+        self.mine = 0  # rows of this shard's blocks, copies included
         self.backed_off: set[int] = set()
         for block, table in self.output.done(COUNTED, vectors=self.opened.settings.keep_vectors):
+            if self.total is not None and block >= self.total.blocks:
+                continue
             self.done.add(block)
             self.tally.add(table)
+            self.mine += len(table) if self.output.shard.owns(block) else 0
             if BACKED_OFF in (table.schema.metadata or {}):
                 self.backed_off.add(block)
 
@@ -132,15 +136,18 @@ class _Run:
         try:
             found = json.loads((self.output.path / MANIFEST).read_text(encoding="utf-8"))
             return Total(int(found["rows"]), int(found["documents"]), int(found["blocks"]))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
             return None
 
     def work(self, pool: Pool, ahead: int) -> None:
         """Compute what is missing and this shard's, until it is there or somebody wants to stop; then finish."""
         opened, output = self.opened, self.output
         output.drop_manifest()
-        with closing(Plan(output.plan, opened.dataset, opened.make_rows, opened.settings.block)) as plan:
-            blocks = plan.blocks(lambda i: output.shard.owns(i) and i not in self.done)
+        size = opened.settings.block
+        with closing(Plan(output.plan, opened.dataset, opened.make_rows, size, identity=output.identity)) as plan:
+            blocks = plan.blocks(
+                lambda i: output.shard.owns(i) and i not in self.done, stopped=lambda: self.stop.wanted
+            )
             with closing(Ahead(blocks, ahead)) as coming:
                 if coming.any():
                     with closing(pool):
@@ -170,6 +177,7 @@ class _Run:
     def _written(self, result: BlockResult) -> None:
         self.done.add(result.index)
         self.tally.add(result.rows)
+        self.mine += len(result.rows)
         self.computed += len(result.rows)
         if result.backed_off:
             self.backed_off.add(result.index)
@@ -183,7 +191,7 @@ class _Run:
         if expected is not None:
             expected = round(expected / self.output.shard.of)
         rate = self.computed / seconds if self.computed else None
-        self.progress(JobProgress(self.tally.rows, expected, total is not None, rate, self.tally))
+        self.progress(JobProgress(self.mine, expected, total is not None, rate, self.tally))
 
     def _finish(self, total: Total) -> None:
         """Every block is there: fill in the copies and write the manifest."""
@@ -193,11 +201,11 @@ class _Run:
         except RunError:  # another shard has come to the end in the same moment
             return
         with lock:
+            output.make_parts()
             fill_copies(output, range(total.blocks), self.opened.settings.block)
             self._recount()
             output.write_manifest(json.dumps(self._manifest(total), indent=1, ensure_ascii=False) + "\n")
             self.complete = True
-        (output.path / f"{LOCK}-manifest").unlink(missing_ok=True)
 
     def _manifest(self, total: Total) -> dict[str, Any]:
         return {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import shutil
 import time
@@ -45,6 +47,8 @@ class Output:
     def __init__(self, path: Path, shard: Shard | None = None) -> None:
         self.path = path
         self.shard = shard or Shard()
+        self.identity = ""
+        self._settled: dict[str, Any] = {}
         self._locks: list[Lock] = []
 
     @property
@@ -72,6 +76,7 @@ class Output:
                 else:
                     self._locks = [Lock(self.path / LOCK, shared=True)]
                     self._locks.append(Lock(self.path / f"{LOCK}-{self.shard.name}"))
+                    self._refuse_other_shards()
             except RunError as error:
                 self._release()
                 owners = {p.name: owner for p in self.path.glob(f"{LOCK}-*") if (owner := Owner.read(p))}
@@ -79,6 +84,12 @@ class Output:
                 raise
         self._sweep()
         return self
+
+    def _refuse_other_shards(self) -> None:
+        """Raise a RunError where shards of another division are at work: a block would be theirs and this one's."""
+        for path in self.path.glob(f"{LOCK}-*-of-*"):
+            if not path.name.endswith(f"-of-{self.shard.of}"):
+                Lock(path).release()
 
     def __exit__(self, *_: object) -> None:
         self._release()
@@ -92,7 +103,7 @@ class Output:
         with _explained(self.path):
             for folder in (PARTS, VECTORS):
                 for path in (self.path / folder).glob(".part-*.tmp"):
-                    block = block_of(Path(path.name.removeprefix(".").removesuffix(".tmp")))
+                    block = block_of(Path(path.name.removeprefix(".").rpartition(".parquet")[0] + ".parquet"))
                     if block is None or self.shard.owns(block):
                         path.unlink(missing_ok=True)
             if self.shard.of == 1:
@@ -111,13 +122,15 @@ class Output:
             RunError: the job was started with another configuration; every difference is named.
         """
         path = self.path / JOB
+        canonical = json.dumps(wanted, sort_keys=True, ensure_ascii=False)
+        self.identity = hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()[:16]
         with self._alone():
             if not path.is_file():
                 with _explained(self.path):
                     yaml_io.write_text(path, yaml_io.dumps(wanted))
                 return {}
             found = yaml_io.read(path, error=RunError)
-            settled = found.pop(SETTLED, {})
+            settled = self._checked(found.pop(SETTLED, {}))
             known = {key: value for key, value in settled.items() if named.get(key) is not None}
             if changed := differences({**found, **known}, {**wanted, **{key: named[key] for key in known}}):
                 raise RunError(
@@ -126,16 +139,31 @@ class Output:
                     faults=changed,
                     next_step="name another place with -o, or repeat the settings it was started with",
                 )
+            self._settled = dict(settled)
             return dict(settled)
+
+    def _checked(self, settled: Any) -> dict[str, Any]:
+        """What a file says was settled; a RunError where somebody changed it into something else."""
+        rows = settled.get("batch_size", 1) if isinstance(settled, dict) else None
+        if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
+            raise RunError(
+                f"`{SETTLED}` is not what a job writes.",
+                where=self.path / JOB,
+                got=repr(settled)[:80],
+                expected="batch_size: a whole number from 1 up",
+                next_step=f"put it right, or take `{SETTLED}` out where nothing was computed yet",
+            )
+        return dict(settled)
 
     def settle(self, **values: Any) -> dict[str, Any]:
         """Add to what was settled, and return all of it; what another shard settled first stands."""
         with self._alone():
             found = yaml_io.read(self.path / JOB, error=RunError)
-            settled = {**values, **found.get(SETTLED, {})}
+            settled = {**values, **self._checked(found.get(SETTLED, {}))}
             if settled != found.get(SETTLED):
                 with _explained(self.path):
                     yaml_io.write_text(self.path / JOB, yaml_io.dumps({**found, SETTLED: settled}))
+            self._settled = dict(settled)
             return settled
 
     @contextmanager
@@ -162,7 +190,10 @@ class Output:
     def done(self, columns: Sequence[str], *, vectors: bool) -> Iterator[tuple[int, pa.Table]]:
         """The blocks that are there and can be read, in order, with these columns.
 
-        One that cannot be read is removed, and so computed again.
+        One that is damaged is removed, and so computed again.
+
+        Raises:
+            RunError: a part that is not this job's, of this block; a disk that cannot be read.
         """
         for name in part_names(self.path):
             path = self.path / PARTS / name
@@ -171,10 +202,39 @@ class Output:
             try:
                 if vectors:
                     pq.read_metadata(self.path / VECTORS / name)
-                yield block, read_part(path, columns)
-            except (RunError, OSError, pa.ArrowException) as cause:
-                logger.warning("%s is computed again: %s", path, " ".join(str(cause).split())[:200])
+                table = read_part(path)
+            except (RunError, OSError, pa.ArrowException) as error:
+                cause = error.__cause__ if isinstance(error, RunError) else error
+                lost = isinstance(cause, FileNotFoundError)  # its vectors
+                if not lost and (cause is None or getattr(cause, "errno", None) is not None):
+                    raise RunError(
+                        f"This part cannot be used: {_said(error)}",
+                        where=path,
+                        next_step="see to the disk, or move this part away; then run the same command again",
+                    ) from error
+                logger.warning("%s is computed again: %s", path, _said(error)[:200])
                 path.unlink(missing_ok=True)
+                continue
+            self._require_own(path, table, block)
+            yield block, table.select(list(columns))
+
+    def _require_own(self, path: Path, table: pa.Table, block: int) -> None:
+        said = (table.schema.metadata or {}).get(OWNER, b"nobody").decode("ascii", "replace")
+        if said != self._owner(block):  # another shard may have settled something since
+            self._settled = self._checked(yaml_io.read(self.path / JOB, error=RunError).get(SETTLED, {}))
+        if said != (own := self._owner(block)):
+            raise RunError(
+                "This part was not written by this job for this block.",
+                where=path,
+                got=said,
+                expected=own,
+                next_step="take it away; parts of shards can be put together only where every setting is the same, also the "
+                "batch size (--batch-size) and the data",
+            )
+
+    def _owner(self, block: int) -> str:
+        """Whose a part is: the job by its settings, the batch size, the block."""
+        return f"{self.identity} batch {self._settled.get('batch_size')} block {block}"
 
     def has_all(self, blocks: int) -> bool:
         """Whether the blocks 0 to `blocks` - 1 are all there, by whichever shard."""
@@ -193,19 +253,19 @@ class Output:
         Raises:
             RunError: it cannot be written; nothing of it is left.
         """
-        if backed_off:
-            rows = rows.replace_schema_metadata({**(rows.schema.metadata or {}), BACKED_OFF: b"1"})
+        noted = {OWNER: self._owner(block).encode(), **({BACKED_OFF: b"1"} if backed_off else {})}
+        rows = rows.replace_schema_metadata({**(rows.schema.metadata or {}), **noted})
         if vectors is not None:
             self._write(self.path / VECTORS / part_name(block), vectors)
         self._write(self.path / PARTS / part_name(block), rows)
 
     def _write(self, path: Path, table: pa.Table) -> None:
-        temporary = path.with_name(f".{path.name}.tmp")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         with _explained(self.path):
             path.parent.mkdir(exist_ok=True)
             try:
                 with temporary.open("wb") as file:
-                    pq.write_table(table, file, compression="zstd")
+                    pq.write_table(table, file, compression="zstd", write_page_checksum=True)
                     file.flush()
                     os.fsync(file.fileno())
                 temporary.replace(path)
@@ -213,6 +273,11 @@ class Output:
             except BaseException:
                 temporary.unlink(missing_ok=True)
                 raise
+
+    def make_parts(self) -> None:
+        """Have a folder of parts, also where no row came of the input."""
+        with _explained(self.path):
+            (self.path / PARTS).mkdir(exist_ok=True)
 
     def drop_manifest(self) -> None:
         """Remove a manifest that is no longer true."""
@@ -235,11 +300,18 @@ class Output:
         return self.path / WORK / f"plan-{self.shard.name}.sqlite"
 
 
+OWNER = b"nla_hub.job"
+"""Metadata of a part: whose it is, so that none of another job is ever taken for this one's."""
+
 BACKED_OFF = b"nla_hub.backed_off"
 """Metadata of a part for which memory did not suffice at the job's batch size."""
 
 COUNTED = ("status", "cosine", "mse", "copy_of", "error")
 """Columns that counts and scores are made of."""
+
+
+def _said(error: BaseException) -> str:
+    return " ".join((error.one_line() if isinstance(error, RunError) else str(error)).split())
 
 
 def sync_directory(path: Path) -> None:

@@ -21,6 +21,7 @@ from nla_hub.log import logger
 SCHEMA = """
 create table if not exists place (block integer primary key, document integer not null, skip integer not null);
 create table if not exists seen (hash blob primary key, first integer not null) without rowid;
+create table if not exists job (identity text not null);
 create table if not exists total (rows integer not null, documents integer not null, blocks integer not null);
 """
 
@@ -41,22 +42,26 @@ class Plan:
         path: of the database; one that cannot be read is made anew.
         dataset, make: the input, and how its items become rows.
         size: rows of a block.
+        identity: of the job; a plan that was made for another one is dropped.
     """
 
-    def __init__(self, path: Path, dataset: Dataset, make: RowMaker, size: int) -> None:
+    def __init__(self, path: Path, dataset: Dataset, make: RowMaker, size: int, *, identity: str = "") -> None:
         self._dataset = dataset
         self._make = make
         self._size = size
         with _explained():
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                self._db = _opened(path)
+                self._db = _opened(path, identity)
+            except _Foreign:
+                path.unlink()
+                self._db = _opened(path, identity)
             except sqlite3.DatabaseError as cause:
                 if isinstance(cause, sqlite3.OperationalError):  # no room, no rights: not the file's fault
                     raise
                 logger.warning("%s is damaged (%s): the input is read again from its beginning", path, cause)
                 path.unlink()
-                self._db = _opened(path)
+                self._db = _opened(path, identity)
 
     def close(self) -> None:
         """Close the database."""
@@ -84,8 +89,13 @@ class Plan:
         """The first block of which nothing is known but where it begins."""
         return int(self._db.execute("select coalesce(max(block), 0) from place").fetchone()[0])
 
-    def blocks(self, wanted: Callable[[int], bool]) -> Generator[Block, None, None]:
+    def blocks(
+        self, wanted: Callable[[int], bool], stopped: Callable[[], bool] = lambda: False
+    ) -> Generator[Block, None, None]:
         """The blocks that are wanted, in order. Reads on in the input as they are taken.
+
+        Args:
+            stopped: asked at every item; once it says so, no block comes any more.
 
         Raises:
             HubError and its children: the input's place cannot be reached; what was planned until then stays.
@@ -98,14 +108,14 @@ class Plan:
             end = begin + 1
             while end < len(missing) and missing[end] == missing[end - 1] + 1:
                 end += 1
-            yield from self._read(missing[begin], missing[end - 1])
+            yield from self._read(missing[begin], missing[end - 1], stopped)
             begin = end
         if total is None:
-            for block in self._read(frontier, None):
+            for block in self._read(frontier, None, stopped):
                 if wanted(block.index):
                     yield block
 
-    def _read(self, first: int, last: int | None) -> Iterator[Block]:
+    def _read(self, first: int, last: int | None, stopped: Callable[[], bool]) -> Iterator[Block]:
         """Blocks `first` to `last`, or to the end of the input."""
         document, skip = self._place(first)
         begun = document
@@ -115,22 +125,26 @@ class Plan:
             number, row = document, first * self._size - skip
             with closing(self._dataset.items(start=document)) as found:
                 for item in found:
+                    if stopped():
+                        return
                     made = self._make(item, number)
                     yield number, made, self._earlier(made, row)
                     number, row = number + 1, row + len(made.rows)
                     begun = number
             rows.append(row)
 
-        rows: list[int] = []
+        rows: list[int] = []  # how many there are, once the input has come to its end
         index = first - 1
         for block, next_document, next_skip in blocks_of(items(), self._size, index=first, skip=skip):
             index = block.index
+            if not rows and len(block.rows) < self._size:  # stopped in the middle of it
+                return
             if len(block.rows) == self._size:
                 self._keep("insert or replace into place values (?, ?, ?)", index + 1, next_document, next_skip)
             yield block
             if index == last:
                 return
-        if last is None:
+        if last is None and rows:
             self._keep("insert into total values (?, ?, ?)", rows[0], begun, index + 1)
 
     def _place(self, block: int) -> tuple[int, int]:
@@ -165,14 +179,25 @@ def _explained() -> Iterator[None]:
         raise RunError(f"The plan of the job cannot be written: {cause}.", next_step=GO_ON) from cause
 
 
-def _opened(path: Path) -> sqlite3.Connection:
+class _Foreign(Exception):
+    """A plan of another job."""
+
+
+def _opened(path: Path, identity: str) -> sqlite3.Connection:
     # The job holds a lock of its own, and sqlite's do not work on every network file system.
     db = sqlite3.connect(f"{path.absolute().as_uri()}?nolock=1", uri=True, check_same_thread=False)
     try:
         db.execute("pragma journal_mode=truncate")
         db.executescript(SCHEMA)
-        db.execute("select * from place limit 1").fetchone()
-    except sqlite3.DatabaseError:
+        if (state := db.execute("pragma quick_check(1)").fetchone()[0]) != "ok":
+            raise sqlite3.DatabaseError(state)
+        known = db.execute("select identity from job").fetchone()
+        if known is None:
+            db.execute("insert into job values (?)", (identity,))
+            db.commit()
+        elif known[0] != identity:
+            raise _Foreign
+    except (sqlite3.DatabaseError, _Foreign):
         db.close()
         raise
     return db

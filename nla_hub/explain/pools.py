@@ -57,11 +57,15 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """Blocks that were not: the computation raised an error, or (`died`) took its process with it."""
+    """Blocks that were not: the computation raised an error, or (`died`) took its process with it.
+
+    `refused`: what was asked for cannot be done with this pair, whatever the rows.
+    """
 
     blocks: tuple[Block, ...]
     reason: str
     died: bool = False
+    refused: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,7 @@ class Worker:
             return Done(tuple(worker.run(blocks)))
         except Exception as error:
             logger.debug("block %d failed", blocks[0].index, exc_info=True)
-            return Failed(tuple(blocks), reason_of(error))
+            return Failed(tuple(blocks), reason_of(error), refused=isinstance(error, InputError))
 
     def close(self) -> None:
         """Stop what the engine runs."""

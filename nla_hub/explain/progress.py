@@ -15,7 +15,7 @@ class JobProgress:
     """Where a job stands.
 
     Attributes:
-        rows: done, those of earlier runs included.
+        rows: of this shard's blocks that are written, those of earlier runs and copies that are filled in later included.
         total: rows of the whole job (of a shard: about its part of them); None while nobody knows.
         exact: whether `total` was counted, not reckoned from the part of the input that was read.
         rate: rows a second since this run began to compute; None before.

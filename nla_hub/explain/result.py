@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from nla_hub import yaml_io
 from nla_hub.errors import RunError
 from nla_hub.explain.schema import JOB, MANIFEST, PARTS, block_of, schema
 from nla_hub.geometry import Reference
+from nla_hub.schema import from_mapping
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,19 @@ class JobResult:
 
     @property
     def reference(self) -> Reference | None:
-        """The pair's FVE denominators, None where it has none."""
-        found = self.config.get("reference")
-        return None if found is None else Reference(**found)
+        """The pair's FVE denominators, None where it has none; a RunError where job.yaml holds something else."""
+        if (found := self.mapping("reference")) is None:
+            return None
+        return from_mapping(Reference, found, where=self.path / JOB, what="`reference`", error=RunError)
+
+    def mapping(self, name: str) -> Mapping[str, Any] | None:
+        """A mapping of `config`, None where there is none; a RunError where job.yaml holds something else."""
+        found = self.config.get(name)
+        if found is None or isinstance(found, Mapping):
+            return found
+        raise RunError(
+            f"`{name}` is no mapping.", where=self.path / JOB, got=type(found).__name__, expected="names with values"
+        )
 
     def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """The rows of each part, in order; of these columns, or all of `schema`.
@@ -67,16 +78,16 @@ class JobResult:
 
 
 def part_names(path: Path) -> list[str]:
-    """The names of the parts in an output directory, in order."""
+    """The names of the parts in an output directory, in order; only files are parts."""
     folder = path / PARTS
-    found = [p for p in folder.iterdir() if block_of(p) is not None] if folder.is_dir() else []
+    found = [p for p in folder.iterdir() if block_of(p) is not None and p.is_file()] if folder.is_dir() else []
     return [p.name for p in sorted(found, key=lambda p: block_of(p) or 0)]
 
 
 def read_part(part: Path, columns: Sequence[str] | None = None) -> pa.Table:
     """The rows of a part; a RunError where it cannot be read or has other columns."""
     try:
-        file = pq.ParquetFile(part, memory_map=False)
+        file = pq.ParquetFile(part, memory_map=False, page_checksum_verification=True)
         with file:
             if not file.schema_arrow.equals(schema()):
                 raise RunError("The columns of this part are not those of a job.", where=part)
@@ -90,7 +101,7 @@ def _manifest(path: Path) -> dict[str, Any] | None:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as cause:
+    except (OSError, ValueError, RecursionError) as cause:
         raise RunError(f"The manifest cannot be read: {cause}", where=path) from cause
     if not isinstance(found, dict):
         raise RunError("The manifest is no JSON object.", where=path)

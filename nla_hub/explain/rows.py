@@ -6,6 +6,7 @@ block, both blocks hold its beginning.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -18,7 +19,7 @@ from nla_hub.errors import InputError
 from nla_hub.explain.inputs import BadItem, Item, TextItem, VectorItem
 from nla_hub.explain.settings import JobSettings
 from nla_hub.geometry import bad_rows
-from nla_hub.positions import select_positions
+from nla_hub.positions import select_in_pieces
 from nla_hub.sampling import BARE_POSITION, document_hash, vector_hash
 from nla_hub.source_text import encode_source
 
@@ -31,7 +32,7 @@ class PlannedRow:
         row, document, doc_id, sample, token, char_end, context, copy_of, error: columns of the part.
         position: of the token in its document; -1 for a bare vector, None where there is no token.
         hash: the document's, or the vector's: with position and sample the row's key.
-        source: index of its sequence or vector in the block; -1 where nothing is to be computed.
+        source: index of its sequence or vector in the block; -1 for a row in error.
         read: index of the token in that sequence.
     """
 
@@ -112,8 +113,8 @@ class TextRows:
                 overflow=settings.overflow,
                 where=item.where,
             )
-            for encoded in pieces:
-                chosen = select_positions(encoded, settings.positions, where=item.where, seed=settings.seed)
+            found = select_in_pieces(pieces, settings.positions, where=item.where, seed=settings.seed)
+            for encoded, chosen in zip(pieces, found, strict=True):
                 for p in chosen:
                     row = PlannedRow(
                         row=-1,
@@ -159,7 +160,9 @@ class VectorRows:
         position = BARE_POSITION if item.position is None else item.position
         row = PlannedRow(-1, document, item.doc_id or digest, digest, position=position, context=item.context, source=0)
         rows = tuple(replace(row, sample=sample) for sample in range(self.settings.n))
-        return ItemRows(rows, (vector,), bytes.fromhex(digest))
+        # Position and context decide about flags, so rows that differ in them are no copies of each other.
+        place = f"{digest}\x1f{position}\x1f{item.context}".encode("utf-8", "surrogatepass")
+        return ItemRows(rows, (vector,), hashlib.sha256(place).digest())
 
 
 def blocks_of(
@@ -189,8 +192,7 @@ def blocks_of(
                 number = index * size + len(rows)
                 original = None if first is None else first + offset
                 if original is not None and original // size < index:
-                    rows.append(replace(row, row=number, source=-1, copy_of=original))
-                    continue
+                    row = replace(row, copy_of=original)
                 if row.source >= 0:
                     if row.source not in places:
                         places[row.source] = len(sources)

@@ -6,7 +6,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
-from nla_hub.errors import RunError
+from nla_hub.errors import InputError, RunError
 from nla_hub.explain.ahead import Ahead
 from nla_hub.explain.compute import BlockResult, failed
 from nla_hub.explain.output import Output
@@ -19,7 +19,7 @@ TRIES = 3
 """Times that a block is tried before its rows are recorded as errors: workers also die for reasons of their own."""
 
 HOPELESS = 2 * TRIES
-"""Failures without a single success after which a job ends: the fault is then not in the rows."""
+"""Failures in a row, for each worker, after which a job ends: the fault is then not in the rows."""
 
 WAIT = 0.5
 """Seconds after which progress is told even where nothing happened."""
@@ -58,6 +58,7 @@ class Scheduler:
         self._retry: deque[Block] = deque()
         self._tries: Counter[int] = Counter()
         self._succeeded = False
+        self._failures = 0
         self._window = 1
         self._in_hand = 0
 
@@ -99,8 +100,9 @@ class Scheduler:
         elif isinstance(event, Done):
             self._in_hand -= len(event.results)
             for result in event.results:
-                self._succeeded |= result.computed > 0
                 self._write(result)
+                if result.computed:
+                    self._succeeded, self._failures = True, 0
         else:
             self._failed(event)
 
@@ -109,20 +111,25 @@ class Scheduler:
         self._written(result)
 
     def _failed(self, event: Failed) -> None:
+        if event.refused:
+            raise InputError(event.reason)
         self._in_hand -= len(event.blocks)
+        self._failures += bool(event.blocks)
+        works = self._succeeded or self._earlier
         for block in event.blocks:
             self._tries[block.index] += 1
             often = self._tries[block.index] >= TRIES
-            if not self._succeeded and ((often and not self._earlier) or self._tries.total() >= HOPELESS):
+            if (often and not works) or self._failures >= HOPELESS * max(1, self._pool.alive):
                 raise RunError(
-                    f"Nothing could be computed: {event.reason}",
+                    f"{'Nothing more' if works else 'Nothing'} could be computed: {event.reason}",
                     where=self._output.path,
-                    got=f"{self._tries.total()} failures and no success",
-                    next_step="try the pair alone first: nla-hub doctor --nla NAME",
+                    got=f"{self._failures} failures in a row",
+                    next_step="try the pair alone (nla-hub doctor --nla NAME), then run the same command again",
                 )
             if often:
                 logger.error("Block %d is given up: %s", block.index, event.reason)
                 self._write(failed(block, f"{event.reason} ({TRIES} times)", width=self._width))
+                self._failures = 0
             else:
-                self._retry.append(block)
+                self._retry.appendleft(block)
                 logger.warning("Block %d is tried again: %s", block.index, event.reason)

@@ -66,4 +66,4 @@ def part_name(block: int) -> str:
 def block_of(path: Path) -> int | None:
     """The block that a file of `part_name` holds; None for another file."""
     stem = path.name.removeprefix("part-").removesuffix(".parquet")
-    return int(stem) if path.name == f"part-{stem}.parquet" and stem.isdigit() else None
+    return int(stem) if path.name == f"part-{stem}.parquet" and stem.isascii() and stem.isdecimal() else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -38,6 +39,11 @@ class Job(Pair):
         blocks = len(self.result.parts)
         return f"unfinished: {blocks} of ? blocks; every figure below is of what there is so far"
 
+    def error(self, rows: Bin) -> float | None:
+        """Mean error of some rows, 1 - FVE; None without rows."""
+        mean = rows.mean_mse
+        return None if mean is None else mean / self.denominator
+
 
 Lines = Sequence[str]
 
@@ -50,16 +56,18 @@ def facts(jobs: Sequence[Job]) -> str:
         ("rows, documents", lambda job: [f"{job.survey.rows:,}, {job.survey.documents:,}"]),
         ("state", lambda job: [job.state]),
         ("status", lambda job: _counts(job.survey.statuses)),
-        ("in error", lambda job: _counts(_reasons(job)) if job.survey.errors else ["0"]),
+        ("errors", lambda job: _counts(_reasons(job)) if job.survey.errors else ["0"]),
         ("flags", lambda job: _counts(job.survey.flags)),
         ("pair", lambda job: [_text(job.result.config.get("nla"))]),
         (
             "base model, layer",
-            lambda job: [f"{_text(job.result.config.get('base_model'))}, {_layer(job.result.config)}"],
+            lambda job: [f"{_text(job.result.config.get('base_model'))}, {_layer(job.result)}"],
         ),
-        ("data", lambda job: _mapping(job.result.config.get("data"))),
+        ("data", lambda job: _mapping(job.result.mapping("data"))),
         ("positions, samples", lambda job: [_positions(job.result.config)]),
     ]
+    if any(job.survey.waiting for job in jobs):
+        rows.append(("copies not filled in yet", lambda job: [f"{job.survey.waiting:,}, counted in no figure"]))
     if any(_backed_off(job) for job in jobs):
         rows.append(("computed in smaller batches", lambda job: [_backed_off(job) or "-"]))
     if len(jobs) == 1:
@@ -79,33 +87,41 @@ def facts(jobs: Sequence[Job]) -> str:
 def fve_lines(job: Job) -> list[str]:
     """FVE with each baseline, its data set and n: what the finished job measured, or what its rows give so far."""
     stored = (job.result.manifest or {}).get("fve")
-    if isinstance(stored, list) and stored:
-        return [shown(_stored_fve(line), REASON) for line in stored if isinstance(line, Mapping)]
+    if isinstance(stored, list) and (lines := [line for line in stored if isinstance(line, Mapping)]):
+        return [shown(_stored_fve(line), REASON) for line in lines]
     return [str(_own_fve(job, baseline)) for baseline in BASELINES]
 
 
 def mean_cosine(job: Job) -> float | None:
-    """Mean cosine over the rows with a status, unusable ones at 0; None where nothing was scored."""
-    stored = (job.result.manifest or {}).get("mean_cosine")
-    if isinstance(stored, (int, float)) and not isinstance(stored, bool):
-        return float(stored)
+    """Mean cosine over the rows with a status, those without a score at 0; None without any."""
+    stored = _figure((job.result.manifest or {}).get("mean_cosine"))
+    if stored is not None:
+        return stored
     survey = job.survey
-    return survey.cosine / survey.total.n if survey.is_scored else None
+    return survey.cosine / survey.total.n if survey.total.n else None
+
+
+def _figure(value: object) -> float | None:
+    """A figure of a manifest; None for anything else."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # a whole number beyond every float
+        return None
 
 
 def _stored_fve(line: Mapping[str, Any]) -> str:
-    value = line.get("value")
-    measured = float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
     baseline: Baseline = "mean_norm" if line.get("baseline") == "mean_norm" else "raw_variance"
     dataset = str(line.get("dataset") or "data set not recorded")
     n = line.get("n")
-    return str(FVE(measured, baseline, dataset, n if isinstance(n, int) else 0))
+    return str(FVE(_figure(line.get("value")), baseline, dataset, n if isinstance(n, int) else 0))
 
 
 def _own_fve(job: Job, baseline: Baseline) -> FVE:
     reference, survey = job.result.reference, job.survey
     mean = survey.total.mean_mse
-    if reference is None or not survey.is_scored or mean is None or not reference.denominator(baseline) > 0:
+    if reference is None or mean is None or not reference.denominator(baseline) > 0:
         return FVE(None, baseline, "not measured", survey.total.n)
     return FVE(1.0 - mean / reference.denominator(baseline), baseline, reference.dataset, survey.total.n)
 
@@ -118,14 +134,13 @@ def _text(value: object) -> str:
     return NOT_MEASURED if value is None else shown(str(value), NAME)
 
 
-def _layer(config: Mapping[str, Any]) -> str:
-    site = config.get("site")
-    return _text(site.get("layer") if isinstance(site, Mapping) else None)
+def _layer(result: JobResult) -> str:
+    return _text((result.mapping("site") or {}).get("layer"))
 
 
-def _mapping(value: object) -> list[str]:
-    if not isinstance(value, Mapping):
-        return [_text(value)]
+def _mapping(value: Mapping[str, Any] | None) -> list[str]:
+    if value is None:
+        return [NOT_MEASURED]
     known = [(key, item) for key, item in list(value.items())[:20] if item is not None]
     return [
         f"{key}: {shown(', '.join(map(str, item)) if isinstance(item, Mapping) else str(item), NAME)}"
@@ -200,7 +215,7 @@ def _errors(
 
 
 def _series(job: Job, bins: Sequence[Bin]) -> Bars:
-    values = [job.survey.error(one, job.denominator) for one in bins]
+    values = [job.error(one) for one in bins]
     return Bars(job.name, values, [one.n for one in bins])
 
 

@@ -130,14 +130,17 @@
   function describe(row, several) {
     const entry = make("div", "entry");
     if (several) entry.append(make("h5", "", `Sample ${row.i || 0}`));
-    if (row.m !== undefined) {
-      entry.append(make("p", "state", "In error"), make("p", "words raw", row.m));
+    if (row.y !== undefined) {
+      entry.append(make("p", "state", `Not filled in yet: a copy of row ${row.y}, taken over when the job ends`));
+    } else if (row.z === "failed") {
+      entry.append(make("p", "state", "In error"));
     } else if (row.x !== undefined) {
       entry.append(make("p", "words", row.x));
     } else {
       entry.append(make("p", "state", `No usable explanation: ${row.s}`));
       if (row.w !== undefined) entry.append(make("p", "words raw", row.w));
     }
+    if (row.m !== undefined) entry.append(make("p", "words raw", row.m));
     const score = make("p", "scores");
     const swatch = make("span", `swatch ${row.z}`);
     swatch.setAttribute("aria-hidden", "true");
@@ -211,9 +214,15 @@
     if (!pinned && token !== shownToken) show(token);
   };
 
+  function inWords(row) {
+    if (row.y !== undefined) return `not filled in yet, a copy of row ${row.y}`;
+    if (row.z === "failed") return `in error, ${row.m}`;
+    return (row.x ?? `no usable explanation, ${row.s}`) + (row.m === undefined ? "" : `. ${row.m}`);
+  }
+
   function say(token) {
     const rows = token.rows.map((i) => data.rows[i]);
-    const words = rows.map((row) => row.x ?? (row.m === undefined ? `no usable explanation, ${row.s}` : `in error, ${row.m}`));
+    const words = rows.map(inWords);
     byId("live").textContent = `${labelOf(token)}: error ${figure(rows[0].v)}. ${words.join(". ")}`;
   }
 
@@ -371,7 +380,7 @@
   let hit = -1;
 
   function excerpt(row, query) {
-    const text = row.x ?? row.w ?? row.m ?? "";
+    const text = [row.x, row.w, row.m].find((words) => words?.toLowerCase().includes(query)) ?? row.x ?? row.w ?? row.m ?? "";
     const lower = text.toLowerCase();
     const at = lower.length === text.length ? lower.indexOf(query) : -1;
     const part = make("span", "excerpt");

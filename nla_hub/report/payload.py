@@ -11,7 +11,7 @@ from typing import Any
 from nla_hub.report.choice import Choice, Chosen
 from nla_hub.report.explanation_map import ExplanationMap
 from nla_hub.report.scale import step_of
-from nla_hub.report.survey import Place, Survey, usable_mse
+from nla_hub.report.survey import Place, Survey, fault_of, is_waiting, usable_mse
 from nla_hub.report.tokens import Gap, Piece, Row, pieces, vectors
 
 TEXT, TOKEN, NAME, REASON = 1500, 120, 200, 500
@@ -119,7 +119,7 @@ class Payload:
         if key in self._index:
             return self._index[key]
         error = self._error(row, job)
-        failed = row["status"] is None
+        fault = fault_of(row)
         record = {
             "r": row["row"],
             "d": document if document >= 0 else None,
@@ -129,7 +129,8 @@ class Payload:
             "x": None if row["text"] is None else shown(row["text"], TEXT),
             "w": shown(row["raw"], TEXT) if row["text"] is None and row["raw"] else None,
             "s": row["status"] if row["status"] != "ok" else None,
-            "m": shown(row["error"] or "no reason recorded", REASON) if failed else None,
+            "m": None if fault is None else shown(fault, REASON),
+            "y": row["copy_of"] if is_waiting(row) else None,
             "v": finite(error),
             "c": finite(row["cosine"]),
             "n": finite(row["norm"]),
@@ -166,6 +167,8 @@ def _label(row: Row) -> str:
 
 
 def _state_without_score(row: Row) -> str:
+    if is_waiting(row):
+        return "waiting"
     if row["status"] is None:
         return "failed"
     return "unscored" if row["status"] == "ok" else "unusable"

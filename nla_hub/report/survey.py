@@ -58,7 +58,7 @@ class Bin:
     """Rows that are counted together.
 
     Attributes:
-        scored, unusable: rows with an mse, and rows with a status but no usable explanation.
+        scored, unusable: rows with an mse, and rows with a status but without one.
         mse: sum over the scored rows.
     """
 
@@ -66,11 +66,11 @@ class Bin:
     unusable: int = 0
     mse: float = 0.0
 
-    def add(self, mse: float | None, unusable: bool) -> None:
-        """Count one row; one that is usable but was never scored is left out."""
-        if unusable:
+    def add(self, mse: float | None) -> None:
+        """Count one row that was verbalized."""
+        if mse is None:
             self.unusable += 1
-        elif mse is not None:
+        else:
             self.scored += 1
             self.mse += mse
 
@@ -108,8 +108,10 @@ class Survey:
 
     Attributes:
         rows, documents: how many.
+        waiting: copies of earlier rows that the unfinished job has not filled in yet; they count in nothing but `rows`.
         samples: of a vector, at most.
-        statuses, flags, errors: rows of each; of errors at most `REASONS`, the rest under "other reasons".
+        statuses, flags, errors: rows of each; of errors at most `REASONS`, the rest under "other reasons". A row that was
+            verbalized and could not be scored has a status and an error.
         total: every row with a status.
         cosine: sum over the scored rows.
         positions, classes, norms: the rows of `total` by bin.
@@ -124,6 +126,7 @@ class Survey:
 
     rows: int = 0
     documents: int = 0
+    waiting: int = 0
     samples: int = 1
     statuses: Counter[str] = field(default_factory=Counter)
     flags: Counter[str] = field(default_factory=Counter)
@@ -143,16 +146,6 @@ class Survey:
     complete: bool = True
     has_vectors: bool = False
     spans: list[tuple[Path, int, int]] = field(default_factory=list)
-
-    @property
-    def is_scored(self) -> bool:
-        """Whether any row has a score: without, unusable rows are no errors but simply not measured."""
-        return self.total.scored > 0
-
-    def error(self, rows: Bin, denominator: float) -> float | None:
-        """Mean error of some rows, 1 - FVE; None where nothing was measured."""
-        mean = rows.mean_mse
-        return mean / denominator if self.is_scored and mean is not None else None
 
     def norm_quantiles(self) -> list[tuple[float, Bin]]:
         """The rows in `QUANTILES` groups of about the same size by their norm, each with its largest norm."""
@@ -205,6 +198,11 @@ def usable_mse(row: Row) -> float | None:
     return mse if row["status"] == "ok" and mse is not None and math.isfinite(mse) else None
 
 
+def is_waiting(row: Row) -> bool:
+    """Whether a row is a copy of an earlier one that the job has not filled in yet, as it does at its end."""
+    return row["status"] is None and row["error"] is None and row["copy_of"] is not None
+
+
 def is_special(row: Row) -> bool:
     """Whether a row's token is a special one."""
     return "special_token" in (row["flags"] or ())
@@ -232,20 +230,28 @@ def _count_row(found: Survey, row: Row, denominator: float) -> None:
     found.rows += 1
     found.samples = max(found.samples, (row["sample"] or 0) + 1)
     found.flags.update(row["flags"] or ())
+    if is_waiting(row):
+        found.waiting += 1
+        return
     status, mse = row["status"], usable_mse(row)
-    if status is None:
-        reason = row["error"] or "no reason recorded"
+    if (reason := fault_of(row)) is not None:
         found.errors[reason if reason in found.errors or len(found.errors) < REASONS else "other reasons"] += 1
+    if status is None:
         return
     found.statuses[status] += 1
     found.has_vectors |= row["position"] == -1
-    unusable = status != "ok"
     bins = [found.total, *_bins(found, row)]
     for one in bins:
-        one.add(mse, unusable)
+        one.add(mse)
     if mse is not None:
         found.cosine += row["cosine"] or 0.0
         found.steps[step_of(mse / denominator)] += 1
+
+
+def fault_of(row: Row) -> str | None:
+    """Why a row is in error, or why it has no score; None for a row without a fault."""
+    missing = "no reason recorded" if row["status"] is None and not is_waiting(row) else None
+    return row["error"] or missing
 
 
 def _bins(found: Survey, row: Row) -> Iterable[Bin]:
@@ -278,9 +284,9 @@ class _Extremes:
             found.ranked += 1
             self._offer(self._worst, mse, row)
             self._offer(self._best, -mse, row)
-        elif row["status"] is None and len(found.failed) < self.size:
+        if fault_of(row) is not None and len(found.failed) < self.size:
             found.failed.append(_place(row))
-        elif row["status"] not in (None, "ok") and len(found.unusable) < self.size:
+        if row["status"] not in (None, "ok") and len(found.unusable) < self.size:
             found.unusable.append(_place(row))
 
     def _offer(self, heap: list[tuple[float, int, Any]], value: float, row: Row) -> None:

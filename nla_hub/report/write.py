@@ -36,7 +36,7 @@ LIST_TITLES = {
     "worst": "Worst rows, special tokens left out",
     "best": "Best rows, special tokens left out",
     "unusable": "Rows without a usable explanation",
-    "failed": "Rows in error",
+    "failed": "Rows with an error",
 }
 
 
@@ -102,7 +102,7 @@ def _document(title: str, body: str, data: str) -> str:
         f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
         "base-uri 'none'; form-action 'none'"
     )
-    return (
+    text = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -114,6 +114,7 @@ def _document(title: str, body: str, data: str) -> str:
         '<p id="live" class="unseen" role="status" aria-live="polite"></p>'
         f'<script type="application/json" id="data">{data}</script><script>{script}</script></body></html>\n'
     )
+    return text.encode("utf-8", "replace").decode()  # YAML and JSON can hold half of a surrogate pair
 
 
 def _resource(name: str) -> str:
@@ -128,8 +129,7 @@ def _names(results: Sequence[JobResult]) -> list[str]:
     """What the jobs are called: pair and layer, and the directory too where that is not enough."""
     names = []
     for result in results:
-        site = result.config.get("site")
-        layer = site.get("layer") if isinstance(site, dict) else None
+        layer = (result.mapping("site") or {}).get("layer")
         names.append(
             shown(str(result.config.get("nla") or "pair"), NAME) + (f", layer {layer}" if layer is not None else "")
         )
@@ -147,13 +147,15 @@ def _section(key: str, title: str, body: str) -> str:
 
 def _tokens(jobs: Sequence[Job], shown_rows: int) -> str:
     total = sum(job.survey.rows for job in jobs)
+    has_waiting = any(job.survey.waiting for job in jobs)
+    waiting = '<li><span class="tok waiting">copy, not filled in yet</span></li>' if has_waiting else ""
     steps = "".join(f'<li class="e{i}">{escape(label)}</li>' for i, label in enumerate(scale.LABELS))
     return (
         f'<p class="quiet">{_unit(jobs)}</p>'
         f'<div class="legend-bar"><ul class="scale" aria-label="Colours: error, from small to large">{steps}</ul>'
         '<ul class="marks" aria-label="Patterns"><li><span class="tok unusable">no usable text</span></li>'
         '<li><span class="tok failed">in error</span></li><li><span class="tok unscored">not measured</span></li>'
-        "<li>text without a colour was not explained</li></ul></div>"
+        f"{waiting}<li>text without a colour was not explained</li></ul></div>"
         '<form role="search" id="search"><label for="q">Search explanations and tokens</label>'
         '<input id="q" type="search" autocomplete="off" spellcheck="false" aria-describedby="q-help" aria-keyshortcuts="/">'
         '<button type="button" id="before">Previous</button><button type="button" id="after">Next</button>'
@@ -189,7 +191,7 @@ def _unit(jobs: Iterable[Job]) -> str:
 def _about_charts(jobs: Sequence[Job]) -> str:
     counted = ", ".join(f"{job.survey.total.n:,}" for job in jobs)
     return (
-        f'<p class="quiet">Mean error over all {counted} rows with a status, those without a usable explanation at mse 2; '
+        f'<p class="quiet">Mean error over all {counted} rows with a status, those without a score at mse 2; '
         "rows in error are left out. n is the number of rows. The dashed line is an error of 1.</p>"
     )
 

@@ -51,6 +51,7 @@ def open_dataset(
         SidecarError: the sidecar of a file of vectors cannot be read.
         MissingExtraError: a data set of the Hub by its name, without the extra `data`.
         HubError: the Hub refuses, or cannot be reached.
+        RunError: a disk or network failed meanwhile.
     """
     if limit is not None and limit < 1:
         raise InputError("A job has at least one row.", got=f"--limit {limit}")

@@ -14,8 +14,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from nla_hub.errors import HubError
-from nla_hub.explain.inputs.files import MIB, DataFile, Unreadable
+from nla_hub.errors import NLAError
+from nla_hub.explain.inputs.files import MIB, DataFile, Unreadable, size_of
 from nla_hub.explain.inputs.items import Item, VectorItem
 from nla_hub.explain.inputs.readers import Reader
 from nla_hub.explain.inputs.tables import as_float32
@@ -93,14 +93,20 @@ def npy_rows(file: BinaryIO, size: int) -> StoredRows:
         raise Unreadable(f"This file is of version {version[0]}.{version[1]} of its format, not 1.0 or 2.0.")
     try:
         shape, columns_first, dtype = readers[version](file)
-    except HubError:
+    except (NLAError, OSError):
         raise
     except Exception as cause:  # the header is Python's own notation, and its parsers raise what they like
         raise Unreadable(f"The header of this file cannot be read: {cause}.") from cause
     if dtype.hasobject:
-        raise Unreadable("This file holds pickled Python objects; reading them could run a stranger's code.")
+        raise Unreadable(
+            "This file holds pickled Python objects; reading them could run a stranger's code.",
+            next_step="save it as numbers: np.save(FILE, np.stack(list(x)).astype(np.float32))",
+        )
     if dtype.kind != "f" or dtype.itemsize > 8:
-        raise Unreadable(f"Activations are floating point; these values are {dtype}.")
+        raise Unreadable(
+            f"Activations are floating point; these values are {dtype}.",
+            next_step="check that these are vectors and not, say, token ids; if so, np.save(FILE, x.astype(np.float32))",
+        )
     if columns_first and len(shape) > 2:
         raise Unreadable("This array is stored column by column; save np.ascontiguousarray(x) in its place.")
     found = StoredRows("", shape, dtype, file.tell(), columns_first=columns_first and len(shape) == 2)
@@ -176,7 +182,7 @@ class ArrayReader(Reader):
     def stored(self) -> StoredRows:
         """Where the rows lie."""
         with self.file.open() as file:
-            return self.find(file, self.file.size)
+            return self.find(file, size_of(file))
 
     def count(self) -> int:
         return self.stored().count
@@ -186,7 +192,7 @@ class ArrayReader(Reader):
 
     def items(self, skip: int) -> Iterator[Item]:
         with self.file.open() as file:
-            rows = self.rows = self.find(file, self.file.size)
+            rows = self.rows = self.find(file, size_of(file))
             if rows.width != self.width:
                 raise Unreadable(
                     f"The vectors of this file have {rows.width} numbers, the data set's have {self.width}."

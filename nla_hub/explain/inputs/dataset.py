@@ -11,9 +11,9 @@ from functools import cached_property
 from typing import Any
 
 from nla_hub import yaml_io
-from nla_hub.errors import InputError, SidecarError
+from nla_hub.errors import InputError, RunError, SidecarError
 from nla_hub.explain.inputs import arrays, tables
-from nla_hub.explain.inputs.files import DataFile, opened, reason
+from nla_hub.explain.inputs.files import GOES_ON, DataFile, NotOpened, Unreadable, damage, opened
 from nla_hub.explain.inputs.items import Item, Kind, RecordedSite, bad
 from nla_hub.explain.inputs.naming import Files, compression_of
 from nla_hub.explain.inputs.readers import BROKEN, Reader
@@ -53,7 +53,11 @@ class Options:
 
 
 class FileDataset:
-    """Files of one format, read one after the other; see `items.Dataset`."""
+    """Files of one format, read one after the other; see `items.Dataset`.
+
+    A file that could not be opened is one bad item from then on, even if it comes back: the numbers of the items behind
+    it stay what they are.
+    """
 
     def __init__(
         self,
@@ -74,6 +78,7 @@ class FileDataset:
         self._read = 0
         self._reader: Reader | None = None
         self._done = 0
+        self._refused: dict[str, str] = {}
 
     @cached_property
     def total(self) -> int | None:
@@ -84,8 +89,9 @@ class FileDataset:
         total = 0
         for file in self.files.files:
             try:
-                rows = self.make(file).count()
-            except BROKEN:
+                rows = 1 if file.name in self._refused else self.make(file).count()
+            except BROKEN as cause:
+                damage(cause, file.name)
                 rows = 1  # one bad item stands for it
             if rows is None:
                 return None
@@ -94,7 +100,7 @@ class FileDataset:
 
     def describe(self) -> dict[str, Any]:
         """See `items.Dataset`."""
-        files = [file.identity() for file in self.files.files]
+        files = [self._identity(file) for file in self.files.files]
         if len(files) > LISTED:
             digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()
             size = sum(file["size"] or 0 for file in files)
@@ -102,6 +108,16 @@ class FileDataset:
             first_and_last = {"first": files[0]["name"], "last": files[-1]["name"]}
             return {**self._origin(), **summary, **first_and_last}
         return {**self._origin(), "files": files}
+
+    def _identity(self, file: DataFile) -> dict[str, Any]:
+        try:
+            return file.identity()
+        except NotOpened as cause:
+            self._refused.setdefault(file.name, str(cause))
+            return {"name": file.name, "size": None, "sha256": None}
+        except (OSError, MemoryError) as cause:
+            damage(cause, file.name)
+            raise
 
     def _origin(self) -> dict[str, Any]:
         hub = {} if self.files.commit is None else {"repository": self.files.repo, "commit": self.files.commit}
@@ -120,14 +136,29 @@ class FileDataset:
         for file in self.files.files:
             reader = self._reader = self.make(file)
             try:
+                if file.name in self._refused:
+                    raise NotOpened(self._refused[file.name])
                 yield from reader.items(skip)
             except BROKEN as cause:
+                why = damage(cause, file.name)
+                if isinstance(cause, NotOpened):
+                    self._refuse(file, why, skip)
                 if reader.row >= skip:
-                    yield bad(reason(cause), reader.place())
+                    yield bad(why, reader.place())
                 reader.row += 1
             skip = max(skip - reader.row, 0)
             self._done += file.size
             self._reader = None
+
+    def _refuse(self, file: DataFile, why: str, skip: int) -> None:
+        """Note a file that cannot be opened; a RunError where rows of it were passed before, nobody knows how many."""
+        if skip and file.name not in self._refused:
+            raise RunError(
+                f"Rows of this file may be done, and it cannot be opened now: {why.rstrip('.')}.",
+                where=file.name,
+                next_step=f"put it back as it was, then {GOES_ON}",
+            )
+        self._refused[file.name] = why
 
     def fraction(self) -> float | None:
         """See `items.Dataset`."""
@@ -144,6 +175,7 @@ def open_files(name: str, files: Files, options: Options) -> FileDataset:
     Raises:
         InputError: options that do not fit, columns that are not there, no row at all, nothing that can be read.
         SidecarError: a sidecar beside a file of vectors that cannot be read.
+        RunError: a disk or network failed meanwhile.
     """
     build = {"npy": _arrays, "safetensors": _arrays, "parquet": _typed, "arrow": _typed, "txt": _whole_texts}
     dataset = build.get(files.format, _records)(name, files, options)
@@ -192,21 +224,24 @@ def _first(name: str, files: Sequence[DataFile], look: Callable[[DataFile], Any]
 
     Raises:
         InputError: none of them can be read.
+        RunError: as `files.damage`.
     """
     reasons: list[tuple[str, str]] = []
+    next_step: str | None = None
     for file in files[:LOOKED_AT]:
         try:
             found = look(file)
         except InputError:
             raise
         except BROKEN as cause:
-            reasons.append((file.name, reason(cause)))
+            reasons.append((file.name, damage(cause, file.name)))
+            next_step = cause.next_step if isinstance(cause, Unreadable) else None
         else:
             if found is not None:
                 return found
     if len(reasons) == min(len(files), LOOKED_AT):
         if len(reasons) == 1:
-            raise InputError(reasons[0][1], where=name)
+            raise InputError(reasons[0][1], where=name, next_step=next_step)
         raise InputError("None of the files can be read.", where=name, faults=[": ".join(pair) for pair in reasons])
     return None
 
@@ -276,7 +311,8 @@ def _arrays(name: str, files: Files, options: Options) -> FileDataset:
     def told(file: DataFile) -> tuple[str, RecordedSite]:
         try:
             return file.name, RecordedSite(*arrays.steering_site(arrays.ArrayReader(file, find, None).stored()))
-        except BROKEN:
+        except BROKEN as cause:
+            damage(cause, file.name)
             return file.name, RecordedSite(None, None)
 
     width = _first(name, files.files, lambda file: arrays.ArrayReader(file, find, None).stored().width)
@@ -299,8 +335,8 @@ def _sidecar_site(file: DataFile) -> tuple[str, RecordedSite]:
     try:
         with opened(beside, "") as (stream, _):
             data = stream.read(4 * yaml_io.MAX_BYTES + 1)
-    except OSError as cause:
-        raise SidecarError(f"Cannot be read: {cause.strerror or cause}", where=beside.name) from cause
+    except (NotOpened, OSError) as cause:
+        raise SidecarError(damage(cause, beside.name), where=beside.name) from cause
     raw = yaml_io.loads(data, where=beside.name, error=SidecarError)
     base = next((value for _, value in present(raw, "base_checkpoint")), None)
     layer = next((value for _, value in present(raw, "extraction_layer_index")), None)

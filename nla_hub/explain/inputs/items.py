@@ -99,6 +99,7 @@ class Dataset(Protocol):
 
         Raises:
             HubError: a data set of the Hub stopped coming; the items so far are good.
+            RunError: so did a file of this machine, or one whose rows were passed before cannot be opened now.
         """
         ...
 

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal
 
 from nla_hub.errors import HubNotFoundError, InputError, did_you_mean
-from nla_hub.explain.inputs.files import COMPRESSIONS, DataFile, LocalFile
+from nla_hub.explain.inputs.files import COMPRESSIONS, REFUSALS, DataFile, LocalFile, damage
 from nla_hub.explain.inputs.items import encodable, one_line
 from nla_hub.hub import HubOptions, Listing
 from nla_hub.locate import expand
@@ -235,7 +235,9 @@ def match(folder: Path, pattern: Sequence[str]) -> Iterator[Path]:
         return
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError:
+    except OSError as cause:
+        if cause.errno not in REFUSALS:  # its files would be left out, and nobody told
+            damage(cause, str(folder))
         return
     if head == "**":
         yield from match(folder, rest or ("*",))

@@ -20,12 +20,15 @@ BROKEN = (
     EOFError,
     ValueError,
     OverflowError,
-    MemoryError,  # a damaged length
+    MemoryError,
     csv.Error,
     zlib.error,
     pa.ArrowException,
 )
-"""What reading a damaged file may raise. A HubError is none of them: it says nothing about the file."""
+"""What reading a damaged file may raise; `files.damage` tells it from a disk that fails, which says nothing about the file.
+
+A HubError is none of them: it says nothing about the file either.
+"""
 
 
 class Reader(ABC):

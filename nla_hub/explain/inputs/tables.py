@@ -6,17 +6,18 @@ are there `doc_id`, `n_raw_tokens` (position + 1), `activation_layer` and `detok
 
 from __future__ import annotations
 
+import io
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pyarrow.types as pt
 
-from nla_hub.explain.inputs.files import MIB, DataFile, reason
+from nla_hub.explain.inputs.files import MIB, DataFile, damage, size_of
 from nla_hub.explain.inputs.items import BadItem, Item, VectorItem, bad
 from nla_hub.explain.inputs.readers import BROKEN, Reader
 from nla_hub.explain.inputs.records import Columns, as_id
@@ -134,7 +135,7 @@ class ParquetReader(ColumnsReader):
             for batch in table.iter_batches(size, row_groups=[group], columns=columns, use_threads=False):
                 yield from self.batch(batch, columns, skip)
         except BROKEN as cause:
-            broken = reason(cause)
+            broken = damage(cause, self.file.name)
         while self.row < end:
             self.row += 1
             if self.row > skip:
@@ -147,6 +148,18 @@ class ParquetReader(ColumnsReader):
             pq.ParquetFile(raw, memory_map=False, pre_buffer=False, buffer_size=PAGE_BUFFER) as table,
         ):
             yield table
+
+
+class _WithinFile(io.BufferedReader):
+    """Asks for no more than a file holds: a damaged length would else look like too little memory."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.size = size_of(file)
+        super().__init__(cast(io.RawIOBase, file))
+
+    def read(self, n: int | None = -1, /) -> bytes:
+        left = max(self.size - self.tell(), 0)
+        return super().read(left if n is None or n < 0 else min(n, left))
 
 
 class ArrowReader(ColumnsReader):
@@ -166,14 +179,14 @@ class ArrowReader(ColumnsReader):
 
     @contextmanager
     def _table(self) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch]]]:
-        with self.file.open() as self.raw:
-            magic = self.raw.read(len(ARROW_FILE))
-            self.raw.seek(0)
+        with self.file.open() as self.raw, _WithinFile(self.raw) as raw:
+            magic = raw.read(len(ARROW_FILE))
+            raw.seek(0)
             if magic != ARROW_FILE:
-                with pa.ipc.open_stream(self.raw) as stream:
+                with pa.ipc.open_stream(raw) as stream:
                     yield stream.schema, iter(stream)
                 return
-            with pa.ipc.open_file(self.raw) as file:
+            with pa.ipc.open_file(raw) as file:
                 yield file.schema, map(file.get_batch, range(file.num_record_batches))
 
 

@@ -11,8 +11,8 @@ from itertools import islice
 from typing import Any, BinaryIO
 
 from nla_hub.errors import InputError, TextError
-from nla_hub.explain.inputs.files import MIB, DataFile, Unreadable, opened
-from nla_hub.explain.inputs.items import BadItem, Item, TextItem, bad, refused
+from nla_hub.explain.inputs.files import MIB, DataFile, Unreadable, damage, opened
+from nla_hub.explain.inputs.items import BadItem, Item, TextItem, bad, one_line, refused
 from nla_hub.explain.inputs.readers import BROKEN, Reader
 from nla_hub.explain.inputs.records import MESSAGES, TEXT, Columns, decoded
 
@@ -24,6 +24,12 @@ LARGEST_JSON = 64 * MIB
 
 LONGEST_FIELD = 16 * MIB
 """Characters of a CSV field; a longer one is a quotation mark that is never closed."""
+
+DELIMITERS = (",", ";", "\t", "|")
+"""What divides the fields of tables in practice; only the first and, in .tsv, the third are read."""
+
+LONGEST_HEADER = 2**16
+"""Bytes of a line of names in which another delimiter is looked for."""
 
 SAMPLE = 100
 """Lines from which the columns of JSON lines are learnt."""
@@ -85,7 +91,8 @@ class LineReader(Reader):
                         names |= dict.fromkeys(record)
                     else:
                         first = first or record.error
-        except BROKEN:
+        except BROKEN as cause:
+            damage(cause, self.file.name)
             if not records:
                 raise
         if seen == SAMPLE and not records:
@@ -203,7 +210,27 @@ class TableReader(Reader):
     def columns(self) -> list[str] | None:
         with self._rows() as rows:
             first = next(rows, None)
-        return None if first is None else _names(first[1])
+        if first is None:
+            return None
+        if isinstance(first[1], str) or (len(first[1]) == 1 and first[1][0] not in self.chosen.names()):
+            self._check_delimiter()
+        return _names(first[1])
+
+    def _check_delimiter(self) -> None:
+        """Raise an InputError where another sign than this table's divides the line of names."""
+        with opened(self.file, self.compression) as (stream, self.raw):
+            line = decoded(stream.readline(LONGEST_HEADER).removeprefix(BOM), self.place()).split("\r")[0].strip()
+        counts = {sign: len(next(csv.reader([line], delimiter=sign), [])) for sign in DELIMITERS}
+        best = max(counts, key=lambda sign: counts[sign])
+        if best == self.delimiter or counts[best] < 2:
+            return
+        into = {"\t": "rename it to .tsv", ",": "rename it to .csv"}
+        raise InputError(
+            f"The fields of this table seem to be divided by {best!r}, and they are read as divided by {self.delimiter!r}.",
+            where=self.place(),
+            got=f"a line of names: {one_line(line, 80)}",
+            next_step=into.get(best, "save it with commas, or with tabs as .tsv"),
+        )
 
     def items(self, skip: int) -> Iterator[Item]:
         with self._rows() as rows:
