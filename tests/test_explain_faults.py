@@ -151,7 +151,7 @@ def test_an_input_that_vanishes(nursery: Nursery, tmp_path: Path) -> None:
     gone = Fault("replace", "/job.yaml", after=True, remove=str(second))
     job = nursery.run(place, tmp_path / "out", *OPTIONS, block=BLOCK, faults=[gone])
     assert job.poll() == 4, job.said
-    assert "error: 1 rows: " in job.said
+    assert "error: 1 row: " in job.said
     found = rows(job.out)
     assert [row["error"] is None for row in found] == [True] * (len(found) - 1) + [False]
     assert "b.jsonl" in found[-1]["error"]
@@ -336,11 +336,20 @@ def test_a_block_that_kills_every_worker(nursery: Nursery, site: Path, marked: P
     assert job.alone()
 
 
+@pytest.fixture(scope="module")
+def whole_of_plugin(nursery: Nursery, site: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The undisturbed job with that engine: a part says which job wrote it, so its bytes are not those of another engine's."""
+    out = tmp_path_factory.mktemp("plugin") / "out"
+    job = nursery.run(data, out, *OPTIONS, "--engine", "failing", block=BLOCK, site=site)
+    assert job.poll() == 0, job.said
+    return out
+
+
 # -- stopping --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("act", ["INT", "TERM", "INT twice"])
-def test_stopped(nursery: Nursery, site: Path, data: Path, whole: Path, tmp_path: Path, act: str) -> None:
+def test_stopped(nursery: Nursery, site: Path, data: Path, whole_of_plugin: Path, tmp_path: Path, act: str) -> None:
     options = ("--engine", "failing", "--engine-option", f"act={act}", "--engine-option", "after=4")
     job = nursery.run(data, tmp_path / "out", *OPTIONS, *options, block=BLOCK, site=site)
     assert job.poll() == 130, job.said
@@ -350,7 +359,7 @@ def test_stopped(nursery: Nursery, site: Path, data: Path, whole: Path, tmp_path
     assert len(files(job.out)) == 2 * job.parts
     assert not list(job.out.rglob("*.tmp"))
     assert job.alone()
-    again = finished(nursery, data, job.out, whole, "--engine", "failing", site=site)
+    again = finished(nursery, data, job.out, whole_of_plugin, "--engine", "failing", site=site)
     assert "left behind" not in again.said  # it let go of its lock
 
 

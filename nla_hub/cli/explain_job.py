@@ -76,7 +76,8 @@ def run(
         line.end()
         if as_json:
             output.print_json_lines([to_mapping(stop.done)])
-        output.message(f"{_rows(stop.done.rows)} done and kept. The same command goes on:\n  {command()}")
+        kept = f"{_rows(stop.done.rows)} {'is' if stop.done.rows == 1 else 'are'} done and kept."
+        output.message(f"{kept} The same command goes on:\n  {command()}")
         raise
     finally:
         line.end()
@@ -144,7 +145,9 @@ def show(summary: JobSummary, *, as_json: bool) -> None:
         output.print_json_lines([to_mapping(summary)])
         return
     for name, count in sorted(summary.counts.items()):
-        output.print_text(f"{name:<10} {count:>12,} rows  {count / max(summary.rows, 1):7.2%}")
+        output.print_text(
+            f"{name:<10} {count:>12,} {'row ' if count == 1 else 'rows'}  {count / max(summary.rows, 1):7.2%}"
+        )
     for fve in summary.fve:
         output.print_text(str(fve))
     cosine = "not measured" if summary.mean_cosine is None else f"{summary.mean_cosine:.3f}"
