@@ -489,16 +489,16 @@ def test_a_file_that_vanishes_is_one_bad_item(tmp_path: Path) -> None:
 
 
 class Failing(io.FileIO):
-    """A file whose second half fails to be read, as often as `times` says."""
+    """A file of which the byte behind the first third fails to be read, as often as `times` says."""
 
     def __init__(self, path: Path, error: Exception, times: list[int]) -> None:
         super().__init__(path)
-        self.middle = path.stat().st_size // 2
+        self.third = path.stat().st_size // 3
         self.error = error
         self.times = times
 
     def readinto(self, buffer: Any, /) -> int:
-        if self.times[0] and self.tell() + len(buffer) > self.middle:
+        if self.times[0] and self.tell() <= self.third < self.tell() + len(buffer):
             self.times[0] -= 1
             raise self.error
         return super().readinto(buffer)
@@ -508,13 +508,13 @@ class Failing(io.FileIO):
         return bytes(data[: self.readinto(data)])
 
 
-def failing(monkeypatch: pytest.MonkeyPatch, name: str, error: Exception, times: list[int]) -> None:
-    """From now on, files of this name fail in their second half, `times[0]` times in all."""
+def failing(monkeypatch: pytest.MonkeyPatch, name: str, error: Exception, times: list[int], buffer: int = 4096) -> None:
+    """From now on, files of this name fail behind their first third, `times[0]` times in all."""
     real = LocalFile.open
 
     def fails(self: LocalFile) -> Any:
         if self.path.name == name:
-            return io.BufferedReader(Failing(self.path, error, times), 4096)
+            return io.BufferedReader(Failing(self.path, error, times), buffer)
         return real(self)
 
     monkeypatch.setattr(LocalFile, "open", fails)
@@ -589,10 +589,31 @@ def test_what_ends_the_reading_of_a_file(
             for act in (lambda d=dataset: list(d.items()), dataset.describe):
                 with pytest.raises(RunError, match=words):
                     act()
-    path = large_file(tmp_path / "only.json")
-    failing(monkeypatch, path.name, error, [10**6])
-    with pytest.raises(RunError, match=words):
-        open_dataset(str(path))
+    for ending in ("jsonl", "json"):
+        path = large_file(tmp_path / f"only.{ending}")
+        failing(monkeypatch, path.name, error, [10**6])
+        with pytest.raises(RunError, match=words):
+            open_dataset(str(path))
+
+
+def test_a_disk_that_fails_while_a_file_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "ab":
+        np.save(tmp_path / f"{name}.npy", np.ones((2, 3), np.float32))
+    dataset = open_dataset(str(tmp_path))
+    with monkeypatch.context() as patch:  # in the header
+        failing(patch, "b.npy", OSError(errno.EIO, "Input/output error"), [10**6], 8)
+        with pytest.raises(RunError, match=r"b\.npy: Reading stopped: Input/output error"):
+            list(dataset.items())
+    real = os.open
+
+    def refuse(path: Any, *rest: Any) -> int:
+        if Path(path).name == "b.npy":
+            raise OSError(errno.EMFILE, "Too many open files")
+        return real(path, *rest)
+
+    monkeypatch.setattr("nla_hub.explain.inputs.files.os.open", refuse)
+    with pytest.raises(RunError, match=r"b\.npy: Reading stopped: Too many open files"):
+        list(dataset.items())
 
 
 def test_a_damaged_length_is_no_lack_of_memory(tmp_path: Path) -> None:

@@ -145,6 +145,16 @@ def explain(
 ) -> None:
     """Explain the activations of texts: what the model holds at a token, in words, with the measured score."""
     where = parse_positions(positions)
+    named: dict[str, Any] = {
+        "ar": ar,
+        "base_model": base_model,
+        "subfolder": subfolder,
+        "ar_subfolder": ar_subfolder,
+        "sidecar": sidecar,
+        "engine": engine,
+        "engine_options": engine_option,
+        "memory": memory,
+    }
     if data is None:
         refuse_alone(
             {
@@ -168,17 +178,7 @@ def explain(
         from nla_hub.explain.settings import DataSettings, JobSettings
 
         job = JobSettings(
-            pair.settings(
-                nla,
-                ar=ar,
-                base_model=base_model,
-                subfolder=subfolder,
-                ar_subfolder=ar_subfolder,
-                sidecar=sidecar,
-                engine=engine,
-                engine_options=engine_option,
-                memory=memory,
-            ),
+            pair.settings(nla, **named),
             DataSettings(data, column, messages_column, id_column, limit),
             positions=where,
             n=n,
@@ -201,17 +201,7 @@ def explain(
         items = [Item("example", EXAMPLE)]
     if not items:
         raise InputError("This file holds no texts.", where=file)
-    loaded = pair.load(
-        nla,
-        ar=ar,
-        base_model=base_model,
-        subfolder=subfolder,
-        ar_subfolder=ar_subfolder,
-        sidecar=sidecar,
-        engine=engine,
-        engine_options=engine_option,
-        memory=memory,
-    )
+    loaded = pair.load(nla, **named)
     settings = {"n": n, "temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
     reading = {"overflow": overflow.value, "parse_special_tokens": parse_special_tokens}
     try:
