@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -103,9 +103,8 @@ class Explanation:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready mapping with the keys of `COLUMNS`."""
-        data = asdict(self)
-        data["flags"] = list(self.flags)
-        return {name: data[name] for name in COLUMNS}
+        data: dict[str, Any] = {name: getattr(self, name) for name in COLUMNS}
+        return data | {"flags": list(self.flags)}
 
     def with_(self, **changes: Any) -> Explanation:
         """A copy with some fields changed."""
