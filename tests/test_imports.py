@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "nla_hub"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "log", "units", "svg", "hardware", "accelerator"),
+    ("errors", "log", "units", "lifeline", "svg", "hardware", "accelerator"),
     ("yaml_io", "resources", "schema", "locks", "sampling", "registry", "shapes", "hub", "batching", "source_text"),
     ("sidecar_dialects", "sidecar", "sidecar_reading", "sidecar_schema", "geometry"),
     ("prompts", "positions", "flags", "adapters", "architecture", "locate", "zoo"),

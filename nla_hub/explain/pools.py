@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from nla_hub.explain.compute import BlockResult, BlockWorker, batch_size_for, wi
 from nla_hub.explain.rows import Block
 from nla_hub.explain.settings import JobSettings
 from nla_hub.explain.stop import SIGNALS
+from nla_hub.lifeline import tied
 from nla_hub.log import logger
 from nla_hub.nla import NLA
 
@@ -222,11 +222,13 @@ class Processes:
         context = get_context("spawn")
         ours, theirs = context.Pipe()
         watched, life = context.Pipe(duplex=False)
-        process = context.Process(target=_serve, args=(theirs, watched, self._terms, gpu), daemon=True)
+        process = context.Process(target=tied, args=(watched, __name__, "serve", theirs), daemon=True)
         with _environment(gpu, self._terms), _undisturbed():
             process.start()
         theirs.close()
         watched.close()
+        with suppress(OSError):  # it is dead: `wait` will find that
+            ours.send(self._terms)
         return _Process(process, ours, life, gpu)
 
     @property
@@ -355,13 +357,12 @@ def _undisturbed() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _serve(pipe: connection.Connection, life: connection.Connection, terms: Terms, gpu: str | None) -> None:
-    """The life of a worker process: load, then compute what comes, until the employer is gone."""
+def serve(pipe: connection.Connection) -> None:
+    """The life of a worker process: take the terms, load the pair, then compute what comes, until the employer is gone."""
     for number in SIGNALS:  # they reach all processes of a terminal or a batch system; the employer decides
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_watch, args=(life,), daemon=True).start()
     try:
-        worker = Worker(terms)
+        worker = Worker(pipe.recv())
         pipe.send(worker.ready())
     except Exception as error:
         pipe.send(Broken(reason_of(error)))
@@ -372,13 +373,6 @@ def _serve(pipe: connection.Connection, life: connection.Connection, terms: Term
         except (EOFError, OSError):
             return
         pipe.send(worker.run(blocks, batch_size))
-
-
-def _watch(life: connection.Connection) -> None:
-    """End this process as soon as its employer has ended, however that happened."""
-    with suppress(EOFError, OSError):
-        life.recv_bytes()
-    os._exit(1)
 
 
 def require_workers(n: int) -> None:
