@@ -214,7 +214,7 @@ class Job:
                     found.append(pid)
         return found
 
-    def alone(self, seconds: float = 30.0, *, cluster: bool = False) -> bool:
+    def alone(self, seconds: float = 90.0, *, cluster: bool = False) -> bool:
         """Whether nothing that it started is left; of a `cluster` that was killed, nothing that computes."""
 
         def left() -> list[int]:
