@@ -96,7 +96,11 @@ class Scheduler:
         elif isinstance(event, Broken):
             logger.error("A worker could not start: %s", event.reason)
             if not self._pool.alive and not self._succeeded:
-                raise RunError(f"No worker could start: {event.reason}", where=self._output.path)
+                raise RunError(
+                    f"No worker could start: {event.reason}",
+                    where=self._output.path,
+                    next_step="try the pair alone: nla-hub doctor --nla NAME",
+                )
         elif isinstance(event, Done):
             self._in_hand -= len(event.results)
             for result in event.results:
@@ -112,7 +116,7 @@ class Scheduler:
 
     def _failed(self, event: Failed) -> None:
         if event.refused:
-            raise InputError(event.reason)
+            raise InputError(event.reason, next_step="change what was asked for, and name another place with -o")
         self._in_hand -= len(event.blocks)
         self._failures += bool(event.blocks)
         works = self._succeeded or self._earlier

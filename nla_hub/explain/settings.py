@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from nla_hub.errors import InputError
@@ -150,9 +149,3 @@ class Shard:
     def name(self) -> str:
         """Of its files: "all", or "0-of-4"."""
         return "all" if self.of == 1 else f"{self.number}-of-{self.of}"
-
-
-def spelled_path(path: Path) -> str:
-    """A path as it is written behind `-o`."""
-    text = str(path)
-    return f"./{text}" if text.startswith("-") else text
