@@ -193,12 +193,12 @@ def test_a_labeler_gets_only_the_settings_that_are_set(monkeypatch: pytest.Monke
         def label(self, requests: Any) -> list[str | None]:
             return ["a text"] * len(requests)
 
-    labeler: Any = make_labeler(LabelSpec("tiny", ("mood",), 0.5))
+    labeler: Any = make_labeler(LabelSpec("tiny", {"clauses": ("mood",), "share": 0.5}))
     assert (labeler.clauses, labeler.share) == (("mood",), 0.5)
     monkeypatch.setattr("nla_hub.registry.labelers.get", lambda name: Plain)
     assert isinstance(make_labeler(LabelSpec("plain")), Plain)
-    with pytest.raises(RecipeError, match=r"labels\.share"):
-        make_labeler(LabelSpec("plain", share=0.5))
+    with pytest.raises(RecipeError, match=r"labels\.settings\.share"):
+        make_labeler(LabelSpec("plain", {"share": 0.5}))
 
 
 def test_rows_without_labels_are_vectors_of_the_same_tokens(source: Source, tmp_path: Path) -> None:

@@ -45,14 +45,14 @@ def check_recipe(recipe: Recipe, *, world: int = 1) -> None:
         UnknownNameError: corpus, labeler or protocol. MissingExtraError: a package that the rl stage needs.
         RecipeError: a source that cannot be trained, a layer it lacks, sizes that do not fit together.
     """
-    open_corpus(recipe.data.corpus)
+    open_corpus(recipe.data)
     make_labeler(recipe.labels)
     get_protocol(recipe.eval.protocol)
     if recipe.base.train is not None:
         if recipe.base.model != TINY_WORLD:
             raise RecipeError("Only the tiny world's source can be trained.", got=f"base.model {recipe.base.model!r}")
         layers = source_settings(recipe).layers
-        if recipe.layer >= layers:
+        if recipe.site.layer >= layers:
             raise RecipeError("The source has no such layer.", got=f"layer {recipe.layer}", expected=f"below {layers}")
     if recipe.rl is not None:
         for package in RL_PACKAGES:

@@ -42,7 +42,7 @@ def make_sidecars(
     unchecked = Sidecar(
         role="av",
         d_model=source.loaded.d_model,
-        site=Site(recipe.layer),
+        site=recipe.site,
         marker=MarkerTokens(marker, alone[0], -1, -1),
         av_template=recipe.prompts.av,
         ar_template=recipe.prompts.ar,

@@ -26,7 +26,7 @@ from nla_hub.positions import sample_positions
 from nla_hub.sidecar import Site
 from nla_hub.source_text import Encoded, context_length, encode_source
 from nla_hub.training.labelers import Corpus, CorpusDocument, Labeler, LabelRequest
-from nla_hub.training.recipe import LabelSpec, Recipe
+from nla_hub.training.recipe import DataSpec, LabelSpec, Recipe
 
 __all__ = ["TrainingRows", "collect", "make_labeler", "open_corpus", "pick_positions", "read_rows", "write_rows"]
 
@@ -81,7 +81,7 @@ def collect(
     Rows for which the labeler has no answer are left out; without a labeler all stay, and their texts are "". Raises a
     TrainingError where nothing is left.
     """
-    site = Site(recipe.layer)
+    site = recipe.site
     limit = context_length(source.loaded.model.config)
     sequences: list[tuple[Sequence[int], Sequence[int]]] = []
     rows: list[tuple[str, int, str]] = []
@@ -162,9 +162,9 @@ def read_rows(path: Path) -> TrainingRows:
     )
 
 
-def open_corpus(name: str) -> Corpus:
-    """The corpus called `name`; raises an UnknownNameError."""
-    return registry.corpora.get(name)()
+def open_corpus(spec: DataSpec) -> Corpus:
+    """The corpus of a recipe; raises an UnknownNameError."""
+    return registry.corpora.get(str(spec.corpus))()
 
 
 def make_labeler(spec: LabelSpec) -> Labeler:
@@ -174,12 +174,11 @@ def make_labeler(spec: LabelSpec) -> Labeler:
         UnknownNameError: no such labeler. RecipeError: it does not have these settings.
     """
     kind: Any = registry.labelers.get(spec.labeler)
-    settings = {name: value for name in ("clauses", "share") if (value := getattr(spec, name)) is not None}
     try:
-        made: Labeler = kind(**settings)
+        made: Labeler = kind(**spec.settings)
     except TypeError as cause:
         raise RecipeError(
             f"The labeler {spec.labeler!r} cannot be made with these settings: {cause}",
-            got=", ".join(f"labels.{name}" for name in settings) or "no setting",
+            got=", ".join(f"labels.settings.{name}" for name in spec.settings) or "no setting",
         ) from cause
     return made

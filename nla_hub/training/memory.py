@@ -81,7 +81,7 @@ def base_config(recipe: Recipe, *, vocabulary: int = 1024) -> Any:
             max_position_embeddings=settings.max_length,
             tie_word_embeddings=True,
         )
-    ref = zoo_ref(recipe.base.model, revision=recipe.base.revision)
+    ref = zoo_ref(recipe.base.name, revision=recipe.base.revision)
     return load_config(ref.fetch(HubOptions(), weights=False)).get_text_config()
 
 
@@ -142,7 +142,7 @@ class _Sizes:
 
     @classmethod
     def of(cls, config: Any, adapter: Adapter, recipe: Recipe) -> _Sizes:
-        site, header = Site(recipe.layer), header_of(config)
+        site, header = recipe.site, header_of(config)
         options = LoadOptions()
         read: dict[str, Any] = {"site": site, "dtype": options.torch_dtype(), "on_cpu": options.on_cpu()}
         trained: dict[str, Any] = {**read, "dtype": torch.float32}

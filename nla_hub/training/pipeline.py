@@ -173,12 +173,12 @@ class Pipeline:
         trained = self.run.stage("source").checkpoint
         if self.recipe.base.train is not None:
             return trained
-        return zoo_ref(self.recipe.base.model, revision=self.recipe.base.revision).fetch(HubOptions())
+        return zoo_ref(self.recipe.base.name, revision=self.recipe.base.revision).fetch(HubOptions())
 
     @property
     def base_name(self) -> str:
         """What sidecars call the base model."""
-        return f"{self.recipe.name}-source" if self.recipe.base.train is not None else self.recipe.base.model
+        return f"{self.recipe.name}-source" if self.recipe.base.train is not None else self.recipe.base.name
 
     def _base_digest(self) -> str | None:
         weights = self.base_directory / WEIGHTS_NAME
@@ -189,7 +189,7 @@ class Pipeline:
     @cached_property
     def source(self) -> Source:
         """The trunk up to block K, for capture."""
-        loaded = load_trunk(self.base_directory, Site(self.recipe.layer), self.options)
+        loaded = load_trunk(self.base_directory, self.recipe.site, self.options)
         return Source(loaded, load_tokenizer(self.base_directory), self.base_name)
 
     # -- data ------------------------------------------------------------------------------------------------

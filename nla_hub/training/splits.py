@@ -33,7 +33,7 @@ def data_splits(recipe: Recipe) -> dict[str, int]:
 
 def split_documents(recipe: Recipe, split: str, n: int) -> Sequence[CorpusDocument]:
     """The first `n` documents of a split."""
-    return open_corpus(recipe.data.corpus).documents(n, seed=recipe.seed + SEED_OFFSETS[split])
+    return open_corpus(recipe.data).documents(n, seed=recipe.seed + SEED_OFFSETS[split])
 
 
 def training_documents(recipe: Recipe) -> Iterator[Content]:
