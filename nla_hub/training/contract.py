@@ -16,7 +16,7 @@ from nla_hub.geometry import norms, unit
 from nla_hub.loading import Source
 from nla_hub.nla import NLA
 from nla_hub.prompts import render_av_prompt
-from nla_hub.sidecar import EXPLANATION_PLACEHOLDER, Injection, MarkerTokens, ReferenceRecord, Score, Sidecar, Site
+from nla_hub.sidecar import EXPLANATION_PLACEHOLDER, Injection, MarkerTokens, ReferenceRecord, Score, Sidecar
 from nla_hub.training.recipe import InjectionSpec, Recipe
 
 REFERENCE_NAME = "fve_reference.safetensors"

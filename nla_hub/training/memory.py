@@ -20,7 +20,6 @@ from nla_hub.hub import HubOptions
 from nla_hub.locate import zoo_ref
 from nla_hub.memory import Header, PartSize, Workload, part_size, working_bytes
 from nla_hub.pretrained import LoadOptions, load_config
-from nla_hub.sidecar import Site
 from nla_hub.training.checks import source_settings
 from nla_hub.training.recipe import LoRASpec, Recipe
 from nla_hub.training.stages import stages_of

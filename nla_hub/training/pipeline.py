@@ -30,7 +30,7 @@ from nla_hub.locate import zoo_ref
 from nla_hub.nla import NLA
 from nla_hub.pretrained import LoadOptions, load_causal_lm, load_tokenizer, load_trunk
 from nla_hub.prompts import ARPrompt, AVPrompt
-from nla_hub.sidecar import Sidecar, Site
+from nla_hub.sidecar import Sidecar
 from nla_hub.source_text import context_length
 from nla_hub.training.ar_regression import init_ar, train_ar
 from nla_hub.training.av_sft import train_av

@@ -73,7 +73,7 @@ class Recipe:
     Attributes:
         layer: K, or "two-thirds" of the blocks, rounded down.
         marker: one character, or "auto"; see `marker.py`.
-        lora: train low-rank factors on the frozen base in every stage: rl goes on with the factors of av and ar, and both halves
+        lora: train low-rank factors on the frozen base in every stage: rl goes on with those of av and ar, and both halves
             are merged into the base when they are exported. None: full weights (or `rl.lora` in the rl stage alone).
         precision: of sums in the models under training: "float32", or "bf16" under float32 weights (autocast, or FSDP2's own
             casting).
