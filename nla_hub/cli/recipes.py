@@ -58,6 +58,15 @@ def validate(recipe: Recipe, overrides: Overrides = None) -> None:
     output.print_text(f"{recipe}: valid")
 
 
+@group.command("launch")
+def launch(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Print the configuration with which `accelerate launch` starts a recipe's processes."""
+    from nla_hub.training.launch import launch_text
+    from nla_hub.training.recipe import load_recipe
+
+    sys.stdout.write(launch_text(load_recipe(recipe, overrides or ())))
+
+
 @group.command("cp")
 def cp(
     name: Annotated[str, typer.Argument(help="A name that `recipes ls` lists.")],

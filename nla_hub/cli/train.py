@@ -85,6 +85,7 @@ def _run(
     report_to: list[str],
     as_json: bool,
 ) -> None:
+    from nla_hub.schema import differences
     from nla_hub.training.recipe import load_recipe
 
     resolved = load_recipe(recipe, overrides)
@@ -92,18 +93,22 @@ def _run(
     if rehearse:
         from nla_hub.training.rehearsal import STEPS, rehearsed
 
-        resolved, changes = rehearsed(resolved)
+        resolved, changes = processes.on_main(lambda: rehearsed(resolved, world=processes.world))
         max_steps = STEPS
         for change in changes:
             output.message(f"rehearsal: {change}")
         output.message(
             "rehearsal: what it makes is worth nothing, and warnings about its explanations are to be expected"
         )
+    from nla_hub.training import resolve
     from nla_hub.training.checks import check_recipe, check_reporters
     from nla_hub.training.pipeline import Pipeline
     from nla_hub.training.run import RunDirectory
     from nla_hub.training.stages import STAGES, require_stages, stages_of
 
+    given, resolved = resolved, processes.on_main(lambda: resolve.resolved(resolved))
+    for change in differences(given.to_mapping(), resolved.to_mapping()):
+        output.message(f"of the base model: {change}")
     check_recipe(resolved, world=processes.world)
     check_reporters(report_to)
     if unknown := set(stage or ()) - set(STAGES):

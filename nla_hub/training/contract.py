@@ -11,10 +11,8 @@ from torch import Tensor
 
 from nla_hub.errors import RecipeError
 from nla_hub.evaluation import EvalResult
-from nla_hub.evaluation.tiny_rows import base_rows, capture_rows, source_tokenizer
 from nla_hub.geometry import norms, unit
 from nla_hub.loading import Source
-from nla_hub.nla import NLA
 from nla_hub.prompts import render_av_prompt
 from nla_hub.sidecar import EXPLANATION_PLACEHOLDER, Injection, MarkerTokens, ReferenceRecord, Score, Sidecar
 from nla_hub.training.recipe import InjectionSpec, Recipe
@@ -83,8 +81,11 @@ def suffix_ids(tokenizer: Any, template: str) -> tuple[int, ...]:
     return tuple(common)
 
 
-def record_score(pair: Path, nla: NLA, result: EvalResult) -> None:
-    """Write a result's FVE, its reference and the reference's mean vector into both halves of a pair."""
+def record_score(pair: Path, result: EvalResult, vectors: Tensor) -> None:
+    """Write a result's FVE, its reference and the reference's mean vector into both halves of a pair.
+
+    `vectors` float32 [n, d] are the rows that were measured.
+    """
     if result.reference is None or result.fve.value is None:
         return  # a rehearsal has too few rows to measure anything
     score = Score(
@@ -97,9 +98,7 @@ def record_score(pair: Path, nla: NLA, result: EvalResult) -> None:
         commit=result.commit,
     )
     record = ReferenceRecord(**vars(result.reference))
-    tokenizer, limit = source_tokenizer(nla)
-    rows = base_rows(tokenizer, result.protocol, limit)
-    mean = unit(capture_rows(nla, rows).vectors).mean(dim=0).float()
+    mean = unit(vectors).mean(dim=0).float()
     for half in ("av", "ar"):
         sidecar = Sidecar.read(pair / half)
         sidecar.with_(fve=score, fve_reference=record).write(pair / half)

@@ -20,8 +20,8 @@ import torch
 from nla_hub import yaml_io
 from nla_hub.checkpoints import load_ar
 from nla_hub.errors import RecipeError, RunError
-from nla_hub.evaluation import run_protocol
-from nla_hub.evaluation.tiny_rows import base_rows, source_tokenizer
+from nla_hub.evaluation import get_protocol, run_protocol
+from nla_hub.evaluation.protocol_rows import capture_protocol
 from nla_hub.export import save_ar, save_av, save_source
 from nla_hub.hub import HubOptions
 from nla_hub.injection import Injector
@@ -39,9 +39,11 @@ from nla_hub.training.contract import make_sidecars, record_score
 from nla_hub.training.data import TrainingRows, collect, make_labeler, read_rows, write_rows
 from nla_hub.training.loop import TRAINED
 from nla_hub.training.recipe import Recipe
+from nla_hub.training.resolve import require_config
 from nla_hub.training.run import RunDirectory, StageDirectory, timed
 from nla_hub.training.splits import UNLABELLED, data_splits, require_dev_held_out, require_held_out, split_documents
 from nla_hub.training.stages import IN_ALL_PROCESSES, Listener, require_stages, stages_of
+from nla_hub.training.stand_in import write_stand_in
 from nla_hub.training.state import TrainingState
 from nla_hub.training.view.report import write_report
 from nla_hub.weights import WEIGHTS_NAME
@@ -51,6 +53,9 @@ if TYPE_CHECKING:
 
 WATCH = "watch"
 """The second AR: its folder in the stage `ar`, and the "model" of its lines in metrics.jsonl."""
+
+EVALUATION_NAME = "eval.jsonl"
+"""Held-out documents beside the rows, for a protocol that has none of its own."""
 
 WATCH_SEED_OFFSET = 1
 """What the second AR's seed, the order of its rows, differs by."""
@@ -146,9 +151,12 @@ class Pipeline:
     # -- the source ------------------------------------------------------------------------------------------
 
     def _source(self, directory: StageDirectory) -> dict[str, Any]:
+        if self.recipe.base.stand_in is not None:
+            write_stand_in(directory.checkpoint, self.recipe.base.stand_in, seed=self.recipe.seed)
+            return {"base": self.base_name, "trained": False, "revision": self._base_digest()}
         if self.recipe.base.train is None:
-            self.base_directory  # noqa: B018  # downloaded here, by one process
-            return {"base": self.recipe.base.model, "trained": False}
+            require_config(self.recipe, self.base_directory)  # downloaded here, by one process
+            return {"base": self.base_name, "trained": False}
         from nla_hub.tiny.source import train_source
 
         settings = self.source_settings()
@@ -170,14 +178,20 @@ class Pipeline:
     @cached_property
     def base_directory(self) -> Path:
         """The directory of the base model."""
-        trained = self.run.stage("source").checkpoint
-        if self.recipe.base.train is not None:
-            return trained
+        if self.base_is_made_here:
+            return self.run.stage("source").checkpoint
         return zoo_ref(self.recipe.base.name, revision=self.recipe.base.revision).fetch(HubOptions())
+
+    @property
+    def base_is_made_here(self) -> bool:
+        """Whether the run trains its source, or makes one that stands in for it."""
+        return self.recipe.base.train is not None or self.recipe.base.stand_in is not None
 
     @property
     def base_name(self) -> str:
         """What sidecars call the base model."""
+        if self.recipe.base.stand_in is not None:
+            return f"{self.recipe.name}-stand-in"
         return f"{self.recipe.name}-source" if self.recipe.base.train is not None else self.recipe.base.name
 
     def _base_digest(self) -> str | None:
@@ -354,7 +368,7 @@ class Pipeline:
             dtype=dtype,
             head_dtype=head_dtype,
         )
-        if self.recipe.base.train is not None:
+        if self.base_is_made_here:
             source = load_causal_lm(self.base_directory, self.options)
             save_source(place / "source", source.model, self.source.tokenizer, dtype=dtype)
         sizes = {p.name: _bytes(p) for p in sorted(place.iterdir()) if p.is_dir()}
@@ -362,19 +376,26 @@ class Pipeline:
 
     def _eval(self, directory: StageDirectory) -> dict[str, Any]:
         nla = NLA.from_pretrained(self.pair_directory, base_model=self._exported_base())
+        corpus = self._eval_corpus()
         result = run_protocol(
             nla,
             self.recipe.eval.protocol,
+            corpus=corpus,
             **self._eval_size(),
             progress=lambda what, done, total: self.listener.metrics("eval", {"what": what, "done": done, "of": total}),
         )
-        tokenizer, limit = source_tokenizer(nla)
-        measured = {row.document.text: row.document.content for row in base_rows(tokenizer, result.protocol, limit)}
-        shared = require_held_out(self.recipe, list(measured.values()))
-        record_score(self.pair_directory, nla, result)
+        measured = capture_protocol(nla, result.protocol, corpus=corpus, facts=False)
+        shared = require_held_out(self.recipe, measured.contents)
+        record_score(self.pair_directory, result, measured.own.vectors)
         yaml_io.write_text(directory.path / "result.json", json.dumps(result.to_dict(), indent=1) + "\n")
         figures = {name: value for name, value in result.figures().items() if value is not None}
         return {**figures, "evaluation_documents_trained_on": shared}
+
+    def _eval_corpus(self) -> Path | None:
+        """The held-out documents of a protocol that has none of its own."""
+        if get_protocol(self.recipe.eval.protocol).corpus is not None:
+            return None
+        return self.run.stage("data").checkpoint / EVALUATION_NAME
 
     def _eval_size(self) -> dict[str, Any]:
         documents = self.recipe.eval.documents

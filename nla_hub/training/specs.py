@@ -21,6 +21,7 @@ class BaseSpec:
         quantization: how the frozen weights under LoRA factors are packed (bitsandbytes); only with `Recipe.lora`.
         config: what its config.json says about the text model, as far as sizes and architecture depend on it: what a plan and
             a rehearsal know without the network. A base whose config says otherwise is refused.
+        stand_in: the config of a tiny random model that is made in its place (a rehearsal).
     """
 
     model: str | None
@@ -28,6 +29,7 @@ class BaseSpec:
     train: dict[str, int | float] | None = None
     quantization: Literal["nf4", "int8"] | None = None
     config: dict[str, Any] | None = None
+    stand_in: dict[str, Any] | None = None
 
     @property
     def name(self) -> str:

@@ -1,0 +1,82 @@
+"""What a recipe leaves to its base model: the layer at two thirds of its depth, a marker that its tokenizer has."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nla_hub.errors import RecipeError
+from nla_hub.hub import HubOptions
+from nla_hub.locate import zoo_ref
+from nla_hub.pretrained import load_config, load_tokenizer
+from nla_hub.training.recipe import AUTO, TWO_THIRDS, Recipe
+
+DERIVED = frozenset({"architectures", "torch_dtype", "dtype", "transformers_version"})
+"""Keys of a config that say nothing about sizes."""
+
+
+def resolved(recipe: Recipe) -> Recipe:
+    """The recipe with a layer that is a number and a marker that is a character.
+
+    Where it leaves one of them to its base model, that model's config and tokenizer are downloaded, no weights.
+
+    Raises:
+        RecipeError: no base was named, no marker can be had, or the base is trained by the run itself and nothing is known
+            of it yet. CheckpointError, HubError and their children: the base cannot be read.
+    """
+    if recipe.base.stand_in is not None:
+        return recipe
+    recipe.base.name  # noqa: B018  # raises where the user has to say it
+    if recipe.layer != TWO_THIRDS and recipe.marker != AUTO:
+        return recipe
+    if recipe.base.train is not None:
+        raise RecipeError(
+            "A source that the run trains itself has no depth and no tokenizer yet.",
+            got=f"layer: {recipe.layer}, marker: {recipe.marker}",
+            expected="a number and a character",
+        )
+    directory = base_files(recipe)
+    changes: dict[str, Any] = {}
+    if recipe.layer == TWO_THIRDS:
+        changes["layer"] = two_thirds(int(load_config(directory).get_text_config().num_hidden_layers))
+    if recipe.marker == AUTO:
+        from nla_hub.training.marker import choose_marker
+
+        changes["marker"] = choose_marker(load_tokenizer(directory))
+    return dataclasses.replace(recipe, **changes)
+
+
+def base_files(recipe: Recipe) -> Path:
+    """The directory with config and tokenizer of the base; downloads them, and no weights."""
+    ref = zoo_ref(recipe.base.name, revision=recipe.base.revision)
+    return ref.fetch(HubOptions(), weights=False)
+
+
+def two_thirds(blocks: int) -> int:
+    """K at two thirds of the depth, rounded down."""
+    return 2 * blocks // 3
+
+
+def require_config(recipe: Recipe, directory: Path) -> None:
+    """Raise a RecipeError where the base model is another than the one that `base.config` describes."""
+    if recipe.base.config is None:
+        return
+    config = load_config(directory).get_text_config()
+    if faults := list(_differences(recipe.base.config, config)):
+        raise RecipeError(
+            "The base model is not the one that the recipe was written for.",
+            where=recipe.base.model,
+            faults=faults,
+            next_step="correct base.config, or take it out: sizes are then read from the base model itself",
+        )
+
+
+def _differences(told: dict[str, Any], config: Any) -> Iterator[str]:
+    for key, expected in told.items():
+        if key in DERIVED:
+            continue
+        got = getattr(config, key, None)
+        if got != expected:
+            yield f"base.config.{key}: the recipe says {expected!r}, the model {got!r}"
