@@ -34,7 +34,7 @@ ALLOWED = re.compile(
     # sizes
     r"(ar|av)\.(documents|batch_size|micro_batch)|data\.(positions|max_tokens)|lora\.r|eval\.documents|layer"
     r"|rl\.(documents|steps|prompts|group|max_new_tokens|ar_warmup|evaluate_every|evaluate_rows|checkpoint_every|micro_batch"
-    r"|updates)|base\.train\.(documents|tokenizer_documents)"
+    r"|updates)|base\.train(\.(documents|tokenizer_documents))?"
     # ids that depend on the tokenizer; base model and tokenizer; corpus; labeler
     r"|marker|base\.(config|stand_in)(\..*)?|data\.(corpus|mix)|labels\.(labeler|settings.*)"
     # ranks, dtype, quantisation, rollout engine
@@ -157,7 +157,7 @@ def test_a_recipe_rehearses_to_the_end(name: str, tmp_path: Path) -> None:
 
 
 def test_a_recipe_for_any_model_asks_which() -> None:
-    with pytest.raises(RecipeError, match="base.model=OWNER/NAME"):
+    with pytest.raises(RecipeError, match=r"base\.model=OWNER/NAME"):
         resolve.resolved(load_recipe("any-model"))
 
 

@@ -27,13 +27,17 @@ def register(app: typer.Typer) -> None:
 @group.command("ls")
 def ls(json: Json = False) -> None:
     """List the recipes that come with nla-hub."""
-    from nla_hub.training.recipe import recipe_names, recipe_path
+    from nla_hub.training.recipe import load_recipe, recipe_names, recipe_path
 
-    rows = [{"name": name, "summary": _first_comment(recipe_path(name))} for name in recipe_names()]
+    rows = [
+        {"name": name, "summary": load_recipe(name).summary, "command": _first_comment(recipe_path(name))}
+        for name in recipe_names()
+    ]
     if json:
         output.print_json_lines(rows)
     else:
-        output.print_table(("name", "start it with"), [(row["name"], row["summary"]) for row in rows])
+        output.print_table(("name", "summary"), [(row["name"], row["summary"]) for row in rows])
+        output.message("how one is started: nla-hub recipes launch NAME; what it needs: nla-hub train NAME --plan")
 
 
 @group.command("show")

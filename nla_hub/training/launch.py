@@ -49,11 +49,8 @@ def launch_text(recipe: Recipe) -> str:
 def launch_command(recipe: Recipe) -> str:
     """The command that starts a packaged recipe on the hardware it is written for."""
     hardware = recipe.hardware
+    train = f"train {recipe.name}{'' if recipe.base.model is not None else ' base.model=OWNER/NAME'}"
     if hardware.world == 1:
-        return f"nla-hub train {recipe.name}"
-    if hardware.nodes == 1:
-        return f"accelerate launch --config_file recipes/launch/{recipe.name}.yaml -m nla_hub train {recipe.name}"
-    return (
-        f"accelerate launch --config_file recipes/launch/{recipe.name}.yaml --machine_rank N --main_process_ip ADDRESS "
-        f"-m nla_hub train {recipe.name}"
-    )
+        return f"nla-hub {train}"
+    which = " --machine_rank N --main_process_ip ADDRESS" if hardware.nodes > 1 else ""
+    return f"accelerate launch --config_file recipes/launch/{recipe.name}.yaml{which} -m nla_hub {train}"
