@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -212,11 +212,11 @@ def context_of(encoded: Encoded, position: int) -> str:
 
 @dataclass(frozen=True)
 class _Trunk:
-    """A model read up to a site, in passes of at most `chunk` tokens where a document allows it."""
+    """A model read at some sites, in passes of at most `chunk` tokens where a document allows it."""
 
     adapter: Adapter
     model: Any
-    site: Site
+    sites: tuple[Site, ...]
     pad_id: int
     chunk: int
 
@@ -231,19 +231,23 @@ class _Trunk:
         """Width of the residual stream."""
         return int(self.model.config.get_text_config().hidden_size)
 
-    def output(self, ids: Tensor, mask: Tensor, cache: DynamicCache | None = None) -> Tensor:
-        """The output of block K for `ids` [rows, length]: [rows, length, d]; the pass ends there."""
-        with block_outputs(self.adapter, self.model, self.site, stop=True) as outputs:
+    def output(self, ids: Tensor, mask: Tensor, cache: DynamicCache | None = None) -> list[Tensor]:
+        """What each of the sites' blocks gives for `ids` [rows, length]: [rows, length, d]; the pass ends at the deepest."""
+        deepest = max(self.sites, key=lambda site: site.layer)
+        others = [site for site in dict.fromkeys(self.sites) if site != deepest]
+        with ExitStack() as stack:
+            found = {site: stack.enter_context(block_outputs(self.adapter, self.model, site)) for site in others}
+            found[deepest] = stack.enter_context(block_outputs(self.adapter, self.model, deepest, stop=True))
             self.adapter.trunk(self.model)(
                 input_ids=ids.to(self.device),
                 attention_mask=mask.to(self.device),
                 past_key_values=cache,
                 use_cache=cache is not None,
             )
-        return outputs[0]
+        return [found[site][0] for site in self.sites]
 
     def batch(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], *, masked: bool) -> list[Tensor]:
-        """The vectors of each sequence of a batch, float32 [positions, d] on the CPU.
+        """The vectors of each sequence of a batch, float32 [positions, sites, d] on the CPU.
 
         Right padding needs no mask; `masked` gives one to hooks that want to know which tokens are real.
         """
@@ -251,22 +255,23 @@ class _Trunk:
         hidden = self.output(ids, mask if masked else torch.ones_like(mask))
         rows = [row for row, (_, chosen) in enumerate(sequences) for _ in chosen]
         columns = [p for _, chosen in sequences for p in chosen]
-        found = hidden[rows, columns].float().cpu()
+        found = torch.stack([each[rows, columns].float().cpu() for each in hidden], dim=1)
         return list(found.split([len(chosen) for _, chosen in sequences]))
 
     def stream(self, ids: Sequence[int], chosen: Sequence[int]) -> Tensor:
-        """The vectors of one document that is longer than a chunk, float32 [positions, d] on the CPU."""
+        """The vectors of one document that is longer than a chunk, float32 [positions, sites, d] on the CPU."""
         tokens = torch.tensor([list(ids)], dtype=torch.long)
         cache = DynamicCache(config=self.model.config)
         places = torch.tensor(list(chosen))
-        found = torch.empty(len(places), self.width)
+        found = torch.empty(len(places), len(self.sites), self.width)
         for begin in range(0, len(ids), self.chunk):
             end = min(begin + self.chunk, len(ids))
             hidden = self.output(tokens[:, begin:end], torch.ones(1, end, dtype=torch.long), cache)
             if int(cache.get_seq_length()) != end:  # gradient checkpointing and foreign models may leave the cache out
                 return self.batch([(ids, chosen)], masked=False)[0]
             here = (begin <= places) & (places < end)
-            found[here] = hidden[0, (places[here] - begin).to(hidden.device)].float().cpu()
+            for i, each in enumerate(hidden):
+                found[here, i] = each[0, (places[here] - begin).to(each.device)].float().cpu()
         return found
 
 
@@ -284,7 +289,37 @@ def run_trunk(
 ) -> Tensor:
     """Vectors of (ids, positions) pairs, in order: float32 [total positions, d] on the CPU.
 
+    Arguments and errors: see `run_trunk_at`.
+    """
+    return run_trunk_at(
+        adapter,
+        model,
+        (site,),
+        sequences,
+        pad_id=pad_id,
+        batch_size=batch_size,
+        chunk_tokens=chunk_tokens,
+        progress=progress,
+        check=check,
+    )[:, 0]
+
+
+def run_trunk_at(
+    adapter: Adapter,
+    model: Any,
+    sites: Sequence[Site],
+    sequences: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    pad_id: int,
+    batch_size: int,
+    chunk_tokens: int = PASS_TOKENS,
+    progress: Callable[[int], None] | None = None,
+    check: bool = True,
+) -> Tensor:
+    """Vectors of (ids, positions) pairs at several sites in one pass, in order: float32 [total positions, sites, d] on the CPU.
+
     Args:
+        sites: one or more; no block above the deepest runs.
         sequences: token ids, and the positions that are asked for, counted from 0.
         batch_size: sequences of one pass at most; those of similar length share one.
         chunk_tokens: tokens of one pass at most, padding included; a longer sequence is read in several. While a
@@ -296,11 +331,11 @@ def run_trunk(
         torch.OutOfMemoryError: one sequence alone does not fit; several are tried again in smaller batches.
         VectorError: the model itself produced NaN or infinite vectors.
     """
-    trunk = _Trunk(adapter, model, site, pad_id, chunk_tokens)
+    trunk = _Trunk(adapter, model, tuple(sites), pad_id, chunk_tokens)
     whole = is_steered(adapter, model)
     read = [(ids if whole else ids[: max(chosen) + 1], chosen) for ids, chosen in sequences if len(chosen)]
     if not read:
-        return torch.empty(0, trunk.width)
+        return torch.empty(0, len(trunk.sites), trunk.width)
     lengths = [len(ids) for ids, _ in read]
     tokens = batch_size * max(lengths) if whole else chunk_tokens
 
@@ -317,7 +352,7 @@ def run_trunk(
                 progress(len(batch))
     vectors = torch.cat([found[i] for i in range(len(read))])
     if check and not bool(torch.isfinite(vectors).all()):
-        bad = (~torch.isfinite(vectors).all(dim=-1)).nonzero().flatten().tolist()
+        bad = (~torch.isfinite(vectors).all(dim=-1).all(dim=-1)).nonzero().flatten().tolist()
         raise VectorError(
             f"The model itself produced NaN or infinite vectors in {len(bad)} rows.",
             got=f"rows {bad[:10]}",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from nla_hub.errors import HubError, HubUnreachableError, NLAError
+from nla_hub.units import size
 
 if TYPE_CHECKING:
     from nla_hub.loading import Pair
@@ -230,8 +231,3 @@ def _ways_out(opened: Pair, options: LoadOptions, room: float | None, work: Work
             break
     if fits(options, work, ("av",)):
         yield 'components=("av",): explanations of vectors that you bring, without scores'
-
-
-def size(n_bytes: float) -> str:
-    """Bytes as people say them: GiB, MiB below one."""
-    return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.0f} MiB"

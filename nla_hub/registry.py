@@ -307,7 +307,13 @@ engines: Registry[type[Engine]] = Registry(
 labelers: Registry[type[Labeler]] = Registry(
     "labeler",
     "nla_hub.labelers",
-    {"tiny": "nla_hub.tiny.labeler:TinyLabeler"},
+    {
+        "tiny": "nla_hub.tiny.labeler:TinyLabeler",
+        "openai": "nla_hub.training.labeling.openai_api:OpenAILabeler",
+        "anthropic": "nla_hub.training.labeling.anthropic_batch:AnthropicLabeler",
+        "source": "nla_hub.training.labeling.from_source:SourceLabeler",
+        "nla": "nla_hub.training.labeling.from_nla:NLALabeler",
+    },
     class_reader("labeler", "label", "requests"),
 )
 corpora: Registry[type[Corpus]] = Registry(

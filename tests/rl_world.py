@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,20 @@ from nla_hub.engines.base import Completion, LoadedAV
 from nla_hub.engines.transformers import TransformersEngine
 from nla_hub.geometry import Reference
 from nla_hub.injection import Injector
-from nla_hub.pretrained import LoadOptions, load_causal_lm, load_tokenizer
+from nla_hub.pretrained import LoadedModel, LoadOptions, load_causal_lm, load_tokenizer
 from nla_hub.prompts import ARPrompt, AVPrompt
 from nla_hub.reconstructor import ARModel
 from nla_hub.sidecar import Sidecar, Site
 from nla_hub.testing import D_MODEL, LAYER, RandomPair
 from nla_hub.training.data import TrainingRows
 from nla_hub.training.grpo import RLTrainer
+from nla_hub.training.loop import WHOLE
+from nla_hub.training.lora_training import add_factors, train_only_what_trains
 from nla_hub.training.recipe import RLSpec
 from nla_hub.training.rl.live_ar import LiveAR
+from nla_hub.training.rl.samplers import GatheredEngine
 from nla_hub.training.rl.settings import grpo_config
+from nla_hub.training.sharding import Execution, mapped_options, shard
 
 SPEC = RLSpec(
     documents=12, steps=2, prompts=4, group=4, micro_batch=4, lr=1e-3, ar_lr=1e-3, beta=0.04, max_new_tokens=12,
@@ -56,6 +60,10 @@ class TaggingEngine(TransformersEngine):
             dataclasses.replace(c, text=f"<explanation>{c.text}</explanation>")
             for c in super().generate(*args, **options)
         ]
+
+
+class TaggingGathered(TaggingEngine, GatheredEngine):
+    """The same of an AV that is sharded."""
 
 
 class Watcher(TrainerCallback):
@@ -88,16 +96,37 @@ def make_trainer(
     callbacks: Sequence[Any] = (),
     make_engine: Any = TaggingEngine,
     report_to: Sequence[str] = (),
+    execution: Execution = WHOLE,
     **changes: Any,
 ) -> tuple[RLTrainer, Watcher]:
-    """A trainer of `SPEC` with `changes` on a pair on disk, and what will know its figures."""
+    """A trainer of `SPEC` with `changes` on a pair on disk, and what will know its figures.
+
+    Where `execution` is sharded, the AV, its reference and the ARs all are.
+    """
     spec = dataclasses.replace(SPEC, **changes)
     faults = list(spec.faults())
     assert not faults, faults
     options = LoadOptions(device_map={"": "cpu"})
     tokenizer = load_tokenizer(pair.av)
     sidecar, ar_sidecar = Sidecar.read(pair.av), Sidecar.read(pair.ar)
-    loaded = load_causal_lm(pair.av, options)
+    device = torch.device("cpu")
+
+    def load_av() -> LoadedModel:
+        loaded = load_causal_lm(pair.av, mapped_options(pair.av) if execution.sharded else options)
+        return loaded
+
+    def divided(model: Any, adapter: Any) -> Any:
+        if execution.sharded:
+            shard(model, adapter, execution, device)
+        return model
+
+    loaded = load_av()
+    if spec.lora is not None and execution.sharded:
+        loaded.model = add_factors(loaded.model, spec.lora, seed=seed)
+    train_only_what_trains(loaded.model)
+    divided(loaded.model, loaded.adapter)
+    if execution.sharded:
+        make_engine = partial(TaggingGathered, device=device, dtype=torch.bfloat16 if execution.bf16 else None)
     assert sidecar.marker is not None
     injector = Injector(loaded.adapter, sidecar.injection, sidecar.marker)
     av = LoadedAV(loaded, tokenizer, AVPrompt.build(tokenizer, sidecar), injector)
@@ -106,7 +135,8 @@ def make_trainer(
     def make_ar(accelerator: Any) -> tuple[LiveAR, LiveAR | None]:
         def live() -> LiveAR:
             trunk, head = load_ar(pair.ar, ar_sidecar, options)
-            return LiveAR(ARModel(trunk.adapter, trunk.model, head), prompt, spec, accelerator)
+            model = ARModel(trunk.adapter, trunk.model, head).requires_grad_(True)
+            return LiveAR(divided(model, trunk.adapter), prompt, spec, accelerator, execution=execution)
 
         return live(), live() if watch else None
 
@@ -114,8 +144,8 @@ def make_trainer(
     watcher = Watcher()
     trainer = RLTrainer(
         av,
-        copy.deepcopy(loaded.model) if spec.beta and spec.lora is None else None,
-        grpo_config(spec, directory, seed=seed, world=world, on_cpu=True, bf16=False, report_to=report_to),
+        divided(load_av().model, loaded.adapter) if spec.beta and spec.lora is None else None,
+        grpo_config(spec, directory, seed=seed, world=world, on_cpu=True, report_to=report_to),
         spec,
         data,
         make_ar=make_ar,
@@ -124,6 +154,7 @@ def make_trainer(
         seed=seed,
         callbacks=[watcher, *callbacks],
         make_engine=make_engine,
+        execution=execution,
     )
     watcher.trainer = trainer
     return trainer, watcher

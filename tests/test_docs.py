@@ -159,12 +159,6 @@ def test_the_readme_has_its_two_commands() -> None:
     assert from_nothing[1].endswith("-m pytest -n auto --dist loadfile")
 
 
-def test_every_recipe_names_its_launch_command() -> None:
-    for path in (ROOT / "recipes").glob("*.yaml"):
-        first = path.read_text(encoding="utf-8").splitlines()[0]
-        assert first.startswith("# nla-hub train "), relative(path)
-
-
 def test_the_changelog_knows_this_version_or_is_unreleased() -> None:
     from nla_hub import __version__
 

@@ -125,9 +125,11 @@ def test_a_plan_prints_bytes_of_every_stage_and_trains_nothing(tmp_path: Path, m
     pytest.importorskip("trl", reason="needs the train extra")
     monkeypatch.chdir(tmp_path)
     result = runner.invoke(app, ["train", "tiny", "--plan", "--json"])
-    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    *rows, last = [json.loads(line) for line in result.stdout.splitlines()]
     assert result.exit_code == 0
     assert [row["name"] for row in rows] == ["source", "data", "ar", "av", "rl", "export", "eval"]
-    assert all(row["total"] == row["weights"] + row["optimizer"] + row["activations"] > 0 for row in rows)
+    assert all(row["total"] == sum(row["bytes"].values()) for row in rows)
+    assert all(row["total"] > 0 for row in rows if row["name"] != "export") and rows[5]["main_memory"] > 0
+    assert last["usable"] is None and last["fits"]
     assert "as a note" in result.stderr
     assert list(tmp_path.iterdir()) == []

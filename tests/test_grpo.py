@@ -398,7 +398,7 @@ def test_sizes_that_cannot_be_shared_are_refused() -> None:
     faults = list(dataclasses.replace(SPEC, micro_batch=3).faults())
     assert any("micro_batch" in fault for fault in faults)
     with pytest.raises(TrainingError, match="cannot be shared"):
-        grpo_config(SPEC, Path("nowhere"), seed=0, world=3, on_cpu=True, bf16=False)
+        grpo_config(SPEC, Path("nowhere"), seed=0, world=3, on_cpu=True)
 
 
 def test_state_of_the_ar_comes_back(pairs: Callable[..., RandomPair], tmp_path: Path) -> None:

@@ -37,6 +37,8 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "peft": ("training",),
     "vllm": ("engines.vllm",),
     "ray": ("explain.distributed",),
+    "openai": ("training.labeling",),
+    "anthropic": ("training.labeling",),
     "gradio": ("app",),
     "fastapi": ("app",),
     "huggingface_hub": ("hub", "export", "publish", "cli.doctor"),
@@ -54,6 +56,8 @@ NEVER_AT_MODULE_LEVEL = (
     "bitsandbytes",
     "sklearn",
     "pandas",
+    "openai",
+    "anthropic",
 )
 """Optional packages: absent unless an extra is installed, so importing one is the business of a function."""
 

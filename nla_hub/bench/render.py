@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nla_hub.bench.route import BATCHED, ONE_BY_ONE
-from nla_hub.doctor import NOT_MEASURED, size
+from nla_hub.doctor import NOT_MEASURED
+from nla_hub.units import size
 
 Record = Mapping[str, Any]
 

@@ -28,6 +28,7 @@ COMMANDS = (
     "eval",
     "steer",
     "train",
+    "new-adapter",
     "models",
     "recipes",
     "convert",

@@ -17,8 +17,9 @@ import typer
 
 from nla_hub.cli import output
 from nla_hub.cli import pair as pair_options
-from nla_hub.doctor import CORE, Finding, memory, pair, plugins, size
+from nla_hub.doctor import CORE, Finding, memory, pair, plugins
 from nla_hub.errors import NLAError
+from nla_hub.units import size
 
 
 def register(app: typer.Typer) -> None:

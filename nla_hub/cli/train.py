@@ -40,8 +40,22 @@ def train(
         bool, typer.Option("--rehearse", help="A few steps of every stage, to see that it runs.")
     ] = False,
     plan: Annotated[
-        bool, typer.Option("--plan", help="Print what each stage needs of memory, and train nothing.")
+        bool,
+        typer.Option("--plan", help="Print what each stage takes on the recipe's hardware, and train nothing."),
     ] = False,
+    gpu_price: Annotated[
+        float | None,
+        typer.Option("--gpu-price", min=0, help="Of --plan: what a GPU costs for an hour.", show_default="not known"),
+    ] = None,
+    layer_sweep: Annotated[
+        bool, typer.Option("--layer-sweep", help="Compare layers on little data, with a plot, and train no pair.")
+    ] = False,
+    layers: Annotated[
+        str | None, typer.Option("--layers", help="Of --layer-sweep: 8,12,16.", show_default="about eight")
+    ] = None,
+    documents: Annotated[
+        int | None, typer.Option("--documents", help="Of --layer-sweep: to learn from.", show_default="400")
+    ] = None,
     report_to: Annotated[
         list[str] | None,
         typer.Option(
@@ -56,8 +70,16 @@ def train(
     """
     from nla_hub.training.processes import Processes
 
+    if layer_sweep or layers is not None or documents is not None:
+        from nla_hub.cli.layer_sweep import require_alone, sweep
+
+        require_alone(layer_sweep, {"--plan": plan, "--rehearse": rehearse, "--stage": stage, "--report-to": report_to})
+        sweep(recipe, overrides or [], out, layers=layers, documents=documents, as_json=as_json)
+        return
+    if gpu_price is not None and not plan:
+        raise typer.BadParameter("it is for --plan", param_hint="--gpu-price")
     if plan:
-        _plan(recipe, overrides or [], as_json)
+        _plan(recipe, overrides or [], gpu_price, as_json)
         return
     processes = Processes.here()
     if not processes.is_main:
@@ -130,31 +152,17 @@ def _run(
     )
 
 
-def _plan(name: str, overrides: list[str], as_json: bool) -> None:
-    """Bytes of each stage. They are judged against nothing here: this machine is a note, whatever it is."""
-    from dataclasses import asdict
-
-    from nla_hub.doctor import size
-    from nla_hub.hardware import free_memory
-    from nla_hub.pretrained import LoadOptions
-    from nla_hub.sizing import device_of
+def _plan(name: str, overrides: list[str], price: float | None, as_json: bool) -> None:
+    """Reckon a recipe on the hardware that it declares; this machine is a note, whatever it is."""
+    from nla_hub.cli.train_plan import show
     from nla_hub.training.checks import check_recipe
-    from nla_hub.training.memory import plan
+    from nla_hub.training.planning.plan import Plan
     from nla_hub.training.recipe import load_recipe
 
     resolved = load_recipe(name, overrides)
-    check_recipe(resolved)
-    stages = plan(resolved)
-    if as_json:
-        output.print_json_lines([{**asdict(stage), "total": stage.total} for stage in stages])
-    else:
-        rows = [(s.name, size(s.weights), size(s.optimizer), size(s.activations), size(s.total)) for s in stages]
-        output.print_table(("stage", "weights", "gradients and moments", "activations", "in each process"), rows)
-    device = device_of(LoadOptions())
-    free = free_memory(device)
-    here = f"{size(free)} are free on {device}" if free is not None else f"{device} does not say what is free"
-    worst = max(stages, key=lambda stage: stage.total)
-    output.message(f"the stage {worst.name} needs most: {size(worst.total)}. Here, as a note: {here}.")
+    plan = Plan.of(resolved, price=price)
+    check_recipe(resolved, runs_here=False)
+    show(plan, as_json=as_json)
 
 
 def default_directory(recipe: Recipe, rehearsal: bool) -> Path:

@@ -6,7 +6,6 @@ instead of 1.61 in the reference's runs); the head stays in float32.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,20 +18,20 @@ from nla_hub.geometry import Reference, fve_value
 from nla_hub.prompts import ARPrompt
 from nla_hub.reconstructor import ARModel
 from nla_hub.training.data import TrainingRows
-from nla_hub.training.loop import LoopResult, Report, chunks, run_loop
+from nla_hub.training.loop import WHOLE, LoopResult, Report, chunks, run_loop
+from nla_hub.training.lora_training import train_only_what_trains
 from nla_hub.training.recipe import StageSpec
+from nla_hub.training.sharding import Execution
 from nla_hub.training.state import TrainingState
 
 
-def init_ar(adapter: Adapter, trunk: nn.Module) -> ARModel:
-    """A fresh AR from a trunk that ends at block K (see `load_trunk`): its own copy, identity head."""
-    copied: Any = copy.deepcopy(trunk).float()  # see `loop.TRAINED`
-    copied.requires_grad_(True)
-    d = int(copied.config.get_text_config().hidden_size)
-    head = nn.Linear(d, d, bias=False, dtype=torch.float32, device=next(copied.parameters()).device)
+def init_ar(adapter: Adapter, trunk: Any) -> ARModel:
+    """A fresh AR on a trunk that ends at block K (see `load_trunk`), which becomes its own: identity head, float32."""
+    d = int(trunk.config.get_text_config().hidden_size)
+    head = nn.Linear(d, d, bias=False, dtype=torch.float32, device=adapter.embedding_module(trunk).weight.device)
     with torch.no_grad():
         head.weight.copy_(torch.eye(d))
-    return ARModel(adapter, copied, head)
+    return ARModel(adapter, trunk, head)
 
 
 def direction_loss(predicted: Tensor, target: Tensor) -> Tensor:
@@ -51,6 +50,7 @@ def train_ar(
     held_out: TrainingRows | None = None,
     max_steps: int | None = None,
     state: TrainingState | None = None,
+    execution: Execution = WHOLE,
 ) -> LoopResult:
     """Train an AR in place on labelled rows; reports the held-out FVE (raw variance, of labels) at the end.
 
@@ -58,17 +58,19 @@ def train_ar(
     """
     pad = pad_id_of(prompt.tokenizer)
     encoded = [prompt.encode(text) for text in rows.texts]
+    train_only_what_trains(model)
 
     def loss_of(wrapped: Any, indices: Sequence[int]) -> tuple[Tensor, int]:
         device = model.head.weight.device
         ids, mask = pad_right([encoded[i] for i in indices], pad)
         predicted = wrapped(ids.to(device), mask.to(device))
-        return direction_loss(predicted, rows.vectors[list(indices)].to(device)).sum(), len(indices)
+        return direction_loss(predicted, rows.vectors[list(indices)].to(predicted.device)).sum(), len(indices)
 
     def fve_of_labels() -> dict[str, Any]:
         assert held_out is not None
         denominator = Reference.measure(held_out.vectors, "held-out rows").raw_variance
-        return {"held_out_fve_of_labels": fve_value(evaluate_ar(model, prompt, held_out), denominator)}
+        with execution.running(model.head.weight.device):
+            return {"held_out_fve_of_labels": fve_value(evaluate_ar(model, prompt, held_out), denominator)}
 
     return run_loop(
         model,
@@ -80,6 +82,7 @@ def train_ar(
         max_steps=max_steps,
         state=state,
         closing=fve_of_labels if held_out is not None and len(held_out) >= 2 else None,
+        execution=execution,
     )
 
 

@@ -6,7 +6,8 @@ real ones (about 0.2 in the large models). An AV that ignores its vector has a f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -16,15 +17,22 @@ from nla_hub.batching import pad_id_of, pad_right
 from nla_hub.injection import Injector
 from nla_hub.prompts import AVPrompt, response_ids
 from nla_hub.training.data import TrainingRows
-from nla_hub.training.loop import LoopResult, Report, chunks, run_loop
+from nla_hub.training.loop import WHOLE, LoopResult, Report, chunks, run_loop
+from nla_hub.training.lora_training import train_only_what_trains
 from nla_hub.training.recipe import StageSpec
+from nla_hub.training.sharding import Execution
 from nla_hub.training.state import TrainingState
 
 
 class AVLoss:
-    """Cross-entropy of labels under an AV, with the vectors injected at the marker."""
+    """Cross-entropy of labels under an AV, with the vectors injected at the marker.
+
+    While `held` is open the vectors stay in after a call: gradient checkpointing runs blocks again in the backward pass, in
+    older transformers their hooks included.
+    """
 
     def __init__(self, tokenizer: Any, prompt: AVPrompt, injector: Injector, rows: TrainingRows) -> None:
+        self._held: ExitStack | None = None
         self.prompt = prompt
         self.injector = injector
         self.vectors = rows.vectors
@@ -41,17 +49,27 @@ class AVLoss:
         given = self.vectors[list(indices)] if vectors is None else vectors
         columns = torch.full((len(indices),), self.prompt.marker_position)
         start = len(self.prompt)
-        with self.injector.inject(model, given, columns):
+        with ExitStack() as here:
+            (self._held or here).enter_context(self.injector.inject(model, given, columns))
             # Right padding under a causal mask changes no real token; only the positions that predict a response token
             # go through the head.
             logits = model(
                 input_ids=ids.to(device), attention_mask=mask.to(device), logits_to_keep=ids.shape[1] - start + 1
             ).logits[:, :-1]
-        targets = ids[:, start:].masked_fill(mask[:, start:] == 0, -100).to(device)
+        targets = ids[:, start:].masked_fill(mask[:, start:] == 0, -100).to(logits.device)
         total = nn.functional.cross_entropy(
             logits.float().reshape(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=-100, reduction="sum"
         )
         return total, int(mask[:, start:].sum())
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Is open around one call and its backward pass."""
+        try:
+            with ExitStack() as self._held:
+                yield
+        finally:
+            self._held = None
 
 
 def train_av(
@@ -67,17 +85,19 @@ def train_av(
     held_out: TrainingRows | None = None,
     max_steps: int | None = None,
     state: TrainingState | None = None,
+    execution: Execution = WHOLE,
 ) -> LoopResult:
     """Train an AV in place; reports the held-out loss with real and with shuffled vectors at the end.
 
     Where `state` has a checkpoint of this training, it is continued. Raises a TrainingError, see `run_loop`.
     """
     loss = AVLoss(tokenizer, prompt, injector, rows)
-    model.requires_grad_(True)
+    train_only_what_trains(model)
 
     def worth() -> dict[str, Any]:
         assert held_out is not None
-        real, shuffled = evaluate_av(model, tokenizer, prompt, injector, held_out)
+        with execution.running(next(model.parameters()).device):
+            real, shuffled = evaluate_av(model, tokenizer, prompt, injector, held_out)
         return {"held_out_loss": real, "held_out_loss_shuffled": shuffled, "vector_worth": shuffled - real}
 
     return run_loop(
@@ -90,6 +110,8 @@ def train_av(
         max_steps=max_steps,
         state=state,
         closing=worth if held_out is not None and len(held_out) >= 2 else None,
+        execution=execution,
+        held=loss.held,
     )
 
 

@@ -38,8 +38,10 @@ SIZES = (
 """Settings of a source that must be above 0."""
 
 
-def check_recipe(recipe: Recipe, *, world: int = 1) -> None:
+def check_recipe(recipe: Recipe, *, world: int = 1, runs_here: bool = True) -> None:
     """Raise for anything in a recipe that only a later stage would stumble over; `world` processes are to run it.
+
+    A plan is made on any machine (`runs_here` False): what the recipe needs installed is not asked for then.
 
     Raises:
         UnknownNameError: corpus, labeler or protocol. MissingExtraError: a package that the rl stage needs.
@@ -54,12 +56,26 @@ def check_recipe(recipe: Recipe, *, world: int = 1) -> None:
         layers = source_settings(recipe).layers
         if recipe.site.layer >= layers:
             raise RecipeError("The source has no such layer.", got=f"layer {recipe.layer}", expected=f"below {layers}")
+    if runs_here:
+        require_packages(recipe)
+    if recipe.rl is not None and (faults := list(_rl_faults(recipe, recipe.rl, world))):
+        raise RecipeError("The rl stage cannot run like this.", faults=faults)
+
+
+def require_packages(recipe: Recipe) -> None:
+    """Raise a MissingExtraError for an optional package that a recipe needs and that is not installed."""
+    needed: list[tuple[str, str, str]] = []
     if recipe.rl is not None:
-        for package in RL_PACKAGES:
-            if find_spec(package) is None:
-                raise MissingExtraError(package, "train", needed_for="The rl stage of this recipe")
-        if faults := list(_rl_faults(recipe, recipe.rl, world)):
-            raise RecipeError("The rl stage cannot run like this.", faults=faults)
+        needed += [(package, "train", "The rl stage of this recipe") for package in RL_PACKAGES]
+        if recipe.rl.rollouts.engine == "vllm":
+            needed.append(("vllm", "vllm", "rl.rollouts.engine: vllm"))
+    if recipe.lora is not None:
+        needed.append(("peft", "train", "A recipe with a lora section"))
+    if recipe.base.quantization is not None:
+        needed.append(("bitsandbytes", "quant", "base.quantization"))
+    for package, extra, purpose in needed:
+        if find_spec(package) is None:
+            raise MissingExtraError(package, extra, needed_for=purpose)
 
 
 def _rl_faults(recipe: Recipe, rl: RLSpec, world: int) -> Iterator[str]:

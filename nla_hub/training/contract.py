@@ -12,7 +12,6 @@ from torch import Tensor
 from nla_hub.errors import RecipeError
 from nla_hub.evaluation import EvalResult
 from nla_hub.geometry import norms, unit
-from nla_hub.loading import Source
 from nla_hub.prompts import render_av_prompt
 from nla_hub.sidecar import EXPLANATION_PLACEHOLDER, Injection, MarkerTokens, ReferenceRecord, Score, Sidecar
 from nla_hub.training.recipe import InjectionSpec, Recipe
@@ -22,14 +21,14 @@ REFERENCE_NAME = "fve_reference.safetensors"
 
 
 def make_sidecars(
-    recipe: Recipe, source: Source, vectors: Tensor, *, base_name: str, revision: str | None
+    recipe: Recipe, tokenizer: Any, vectors: Tensor, *, base_name: str, revision: str | None
 ) -> tuple[Sidecar, Sidecar]:
     """Sidecars of AV and AR: ids measured on the tokenizer, injection scale on training vectors float32 [N, d].
 
     Raises:
         RecipeError: a marker that is not one token, or does not stand in the AV prompt once.
     """
-    tokenizer, marker = source.tokenizer, recipe.marker
+    marker = recipe.marker
     alone = tokenizer(marker, add_special_tokens=False)["input_ids"]
     if len(alone) != 1:
         raise RecipeError(
@@ -39,7 +38,7 @@ def make_sidecars(
         )
     unchecked = Sidecar(
         role="av",
-        d_model=source.loaded.d_model,
+        d_model=int(vectors.shape[1]),
         site=recipe.site,
         marker=MarkerTokens(marker, alone[0], -1, -1),
         av_template=recipe.prompts.av,

@@ -19,13 +19,12 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer
-from trl import GRPOConfig, GRPOTrainer
+from transformers import PrinterCallback
+from trl import GRPOConfig
 from trl.trainer.utils import add_fused_lm_head
 
 from nla_hub.engines.base import Engine, LoadedAV
@@ -36,12 +35,17 @@ from nla_hub.injection import Injector, find_markers
 from nla_hub.pretrained import LoadedModel
 from nla_hub.prompts import AVPrompt
 from nla_hub.training.data import TrainingRows
+from nla_hub.training.loop import WHOLE
+from nla_hub.training.lora_training import REFERENCE, carries_factors, train_only_what_trains, unrounded
 from nla_hub.training.recipe import RLSpec
-from nla_hub.training.rl.live_ar import LiveAR, fingerprint, moved
+from nla_hub.training.rl.kept import PolicyKept
+from nla_hub.training.rl.live_ar import LiveAR, fingerprint
 from nla_hub.training.rl.loss_parts import loss_from_parts
 from nla_hub.training.rl.rollouts import Rollout, prompt_order, sample
 from nla_hub.training.rl.scoring import Scoring
 from nla_hub.training.rl.settings import lora_config, policy_rate
+from nla_hub.training.rl.step import Step
+from nla_hub.training.sharding import Execution, clip_grad_norm, full_weights, is_sharded
 
 DISAGREEMENT = 1e-3
 """Largest |trainer - sampler| log-probability of a token in float32 at which a run goes on: ten times what the monitor
@@ -60,34 +64,21 @@ def quiet_about_trl() -> Iterator[None]:
         yield
 
 
-@dataclass
-class Step:
-    """What is known about the current step in this process; `figures` are over all processes."""
-
-    number: int
-    rollout: Rollout
-    before: Tensor
-    figures: dict[str, Any] = field(default_factory=dict)
-    differences: list[Tensor] = field(default_factory=list)
-    ratios: list[Tensor] = field(default_factory=list)
-    loss_difference: float = 0.0
-    kl: list[Tensor] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=lambda: {"rollout": 0.0, "reward": 0.0, "policy": 0.0})
-
-
-class RLTrainer(GRPOTrainer):  # type: ignore[misc]
+class RLTrainer(PolicyKept):
     """Trains an AV in place, and with it the live AR and the AR that watches.
 
     Args:
         av: the AV that the stage starts from; its model is trained.
-        reference: a frozen copy of its model for the KL term; None with LoRA (the adapter is switched off) or beta 0.
+        reference: a frozen copy of its model for the KL term; None with beta 0, with `rl.lora` (the factors are switched off)
+            and for an AV that comes with factors (and a copy of them, see `lora_training.keep_reference`).
         args: see `grpo_config`.
         data: the vectors to explain.
         make_ar: given the accelerator, the AR that pays, and the one that never does (or None).
         labels: rows that the ARs learn from beside the samples, where the recipe has a `label_share`.
         baseline: reference of the FVE that is reported.
         seed: of order and samples.
-        make_engine: what samples from the AV.
+        make_engine: what samples from the AV. One with weights of its own (`SyncedEngine`) is sent the AV's when it needs them.
+        execution: how the AV is run; a sharded one is handed over sharded.
 
     Attributes:
         finished: figures of the last finished step.
@@ -107,40 +98,45 @@ class RLTrainer(GRPOTrainer):  # type: ignore[misc]
         seed: int,
         callbacks: Sequence[Any] = (),
         make_engine: Callable[[LoadedAV], Engine] = TransformersEngine,
+        execution: Execution = WHOLE,
     ) -> None:
         from datasets import Dataset
 
         order = prompt_order(len(data), spec, seed=seed)
-        self.spec, self.data, self.seed = spec, data, seed
+        self.spec, self.data, self.seed, self.execution = spec, data, seed, execution
         self.prompt: AVPrompt = av.prompt
         self.injector: Injector = av.injector
         self.step: Step | None = None
+        self._stale = True  # whether an engine with weights of its own has older ones than the AV
         self.finished: dict[str, Any] = {}
         self.skipped, self.in_a_row = 0, 0
         self._vectors: Tensor | None = None
         self._logps: Tensor | None = None
         self._until_backward: ExitStack | None = None
-        with quiet_about_trl():
+        train_only_what_trains(av.loaded.model)
+        with quiet_about_trl(), unrounded(av.loaded.model):
             super().__init__(
-                model=av.loaded.model.requires_grad_(True),
+                model=av.loaded.model,
                 reward_funcs=self._reward,
                 args=args,
                 train_dataset=Dataset.from_dict({"prompt": [self.prompt.text] * len(order), "row": order}),
                 processing_class=copy.deepcopy(av.tokenizer),  # TRL sets its padding
-                peft_config=lora_config(spec),
+                peft_config=None if carries_factors(av.loaded.model) else lora_config(spec),
                 callbacks=list(callbacks),
             )
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise TrainingError(
-                "The rl stage runs on one device or several copies (DDP); sharded weights have not been tried.",
-                next_step="launch it without DeepSpeed and FSDP, with rl.lora for a model that does not fit",
+                "The launcher asks for DeepSpeed or for its own FSDP; how weights are divided is the recipe's business.",
+                next_step="launch it without either, with hardware.placement.av=sharded",
             )
+        if is_sharded(self.model):
+            self.model._is_accelerate_prepared = True  # so that accelerate does not wrap it once more
         self.remove_callback(PrinterCallback)  # the run reports its steps itself
         self._reference(reference)
         ar, watch = make_ar(self.accelerator)
         self.scoring = Scoring(ar, watch, spec, self.accelerator, labels=labels, baseline=baseline, seed=seed)
         model = self.accelerator.unwrap_model(self.model)
-        inner = model.get_base_model() if spec.lora is not None else model
+        inner = model.get_base_model() if carries_factors(model) else model
         loaded = LoadedModel(inner, av.loaded.adapter, av.loaded.directory)
         self.engine = make_engine(LoadedAV(loaded, av.tokenizer, av.prompt, av.injector))
 
@@ -149,11 +145,20 @@ class RLTrainer(GRPOTrainer):  # type: ignore[misc]
         self.beta = self.args.beta = self.spec.beta
         if self.beta == 0.0 or self.spec.lora is not None:
             return
+        if carries_factors(self.model):
+            if REFERENCE not in self.model.peft_config:
+                raise TrainingError(
+                    "A KL term needs a frozen copy of the AV's factors.", got=", ".join(self.model.peft_config)
+                )
+            return
         if reference is None:
             raise TrainingError("A KL term with full weights needs a frozen copy of the AV.", got="reference=None")
         reference.requires_grad_(False).eval()
         add_fused_lm_head(reference, temperature=self.temperature)
-        self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
+        if is_sharded(reference):
+            self.ref_model = reference
+        else:
+            self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
 
     def train(self, *args: Any, **options: Any) -> Any:
         """As the Trainer's."""
@@ -180,11 +185,9 @@ class RLTrainer(GRPOTrainer):  # type: ignore[misc]
 
     def _roll_out(self, rows: Sequence[int]) -> Rollout:
         """Sample in evaluation mode: gradient checkpointing would switch the cache off."""
-        was_training = self.model.training
-        self.model.eval()
-        try:
+        with self.sampling() as engine:
             return sample(
-                self.engine,
+                engine,
                 self.data,
                 rows,
                 self.spec,
@@ -192,6 +195,21 @@ class RLTrainer(GRPOTrainer):  # type: ignore[misc]
                 step=self.number,
                 first=self.accelerator.process_index * len(rows),
             )
+
+    @contextmanager
+    def sampling(self) -> Iterator[Engine]:
+        """The engine with the AV's present weights, in the trainer's precision; every process must open it."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            if self._stale and hasattr(self.engine, "sync"):
+                self.engine.sync(full_weights(self.model))
+            self._stale = False
+            with self.execution.running(self.accelerator.device):
+                yield self.engine
+            if hasattr(self.engine, "sleep"):
+                self.engine.sleep()
+                self._stale = True
         finally:
             self.model.train(was_training)
 
@@ -237,6 +255,7 @@ class RLTrainer(GRPOTrainer):  # type: ignore[misc]
                 # Gradient checkpointing runs parts of the forward pass again during the backward one, hooks included.
                 stack = self._until_backward if self._until_backward and torch.is_grad_enabled() else here
                 stack.enter_context(self.injector.inject(model, vectors[rows], places))
+                here.enter_context(self.execution.running(self.accelerator.device))
                 parts.append(
                     super()._get_per_token_logps_and_entropies(
                         model, input_ids[rows], attention_mask[rows], logits_to_keep, **options
@@ -313,6 +332,8 @@ class RLTrainer(GRPOTrainer):  # type: ignore[misc]
 
     @property
     def _dtype(self) -> torch.dtype:
+        if self.execution.bf16:
+            return torch.bfloat16
         return next(self.injector.adapter.embedding_module(self.model).parameters()).dtype
 
     # -- reward ----------------------------------------------------------------------------------------------
@@ -339,10 +360,15 @@ class RLTrainer(GRPOTrainer):  # type: ignore[misc]
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def _clip_grad_norm(self, model: Any) -> Tensor:
+    def _load_from_checkpoint(self, *args: Any, **options: Any) -> None:
+        super()._load_from_checkpoint(*args, **options)
+        self._stale = True
+
+    def _clip_grad_norm(self, model: Any) -> float:
         """Clip; a gradient that is not finite is dropped and counted: AdamW leaves weights without gradient alone."""
-        norm: Tensor = super()._clip_grad_norm(model)
-        if math.isfinite(float(norm)):
+        self._stale = True  # an optimizer step follows
+        norm = clip_grad_norm(model.parameters(), self.spec.clip, self.accelerator.device)
+        if math.isfinite(norm):
             self.in_a_row = 0
         else:
             self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
@@ -360,38 +386,11 @@ class RLTrainer(GRPOTrainer):  # type: ignore[misc]
 
     def _finish_step(self) -> dict[str, Any]:
         """The figures of the step whose last optimizer step was just made, over all processes."""
-        step = self.step
-        assert step is not None
-        step.seconds["policy"] -= step.seconds["rollout"] + step.seconds["reward"]
-        gaps, ratios = torch.cat(step.differences), torch.cat(step.ratios)
-        kl = torch.cat(step.kl) if step.kl else torch.empty(0)
-        device = self.accelerator.device
-        local = [float(x.double().sum()) for x in (gaps, ratios, kl)] + [float(len(gaps)), float(len(kl))]
-        sums = torch.tensor(local, dtype=torch.float64, device=device)
-        extremes = torch.tensor(
-            [float(gaps.max()), float(ratios.max()), -float(ratios.min()), step.loss_difference], device=device
-        )
-        gap_sum, ratio_sum, kl_sum, n, kl_n = self.accelerator.reduce(sums, reduction="sum").tolist()
-        largest, ratio_max, ratio_min, loss_difference = (
-            self.accelerator.gather(extremes).reshape(-1, len(extremes)).amax(dim=0).tolist()
-        )
+        assert self.step is not None
         return {
-            **step.figures,
-            "kl": kl_sum / kl_n if kl_n else None,
-            "logprob_difference": largest,
-            "logprob_difference_mean": gap_sum / n,
-            "ratio": ratio_sum / n,
-            "ratio_min": -ratio_min,
-            "ratio_max": ratio_max,
-            "loss_difference": loss_difference,
-            "policy_update": moved(step.before, self.fingerprint()),
+            **self.step.finish(self.accelerator, self.fingerprint()),
             "beta": self.spec.beta,
             "dtype": str(self._dtype).removeprefix("torch."),
             "skipped": self.skipped + self.scoring.skipped,
             "in_a_row": max(self.in_a_row, self.scoring.in_a_row),
-            **{f"seconds_{name}": round(value, 3) for name, value in step.seconds.items()},
         }
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Trainer's own checkpoint, without the model card that TRL would write beside it."""
-        Trainer._save_checkpoint(self, model, trial)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from nla_hub.source_text import Content
+
+if TYPE_CHECKING:
+    from nla_hub.loading import Source
 
 
 class CorpusDocument(Protocol):
@@ -28,18 +33,61 @@ class Corpus(Protocol):
 
 @dataclass(frozen=True)
 class LabelRequest:
-    """One activation to be labelled: the document and the character at which the token ends in its rendered text."""
+    """One activation to be labelled.
+
+    Attributes:
+        document: where it is from.
+        char_end: the character at which its token ends in the document's rendered text.
+        prefix: the rendered text up to there. None: whoever asks did not keep it; for a document that is a text, it is the
+            beginning of that text.
+    """
 
     document: CorpusDocument
     char_end: int
+    prefix: str | None = None
+
+
+@dataclass(frozen=True)
+class LabelContext:
+    """What a run gives to a labeler before the first request.
+
+    Attributes:
+        directory: where it may keep what it was answered; the same one when the run is started again.
+        base: name of the base model with its revision or digest: what its own answers are stored under.
+        source: loads the complete base model, with its last layer, when it is called; None where there is none.
+        report: is told figures and what goes on, as {"words": value}; from any thread.
+    """
+
+    directory: Path
+    base: str = ""
+    source: Callable[[], Source] | None = None
+    report: Callable[[dict[str, Any]], None] = lambda figures: None
 
 
 class Labeler(Protocol):
     """Writes labels. A third party registers a class with this shape under `nla_hub.labelers`.
 
-    It is made without arguments, or with those of `clauses` and `share` that a recipe sets.
+    It is made with the settings that a recipe sets as keywords, which must cost no network and no heavy import: `recipes
+    validate` and `train --plan` make it too. It may have more, and is asked for it only where it does:
+
+    - `open(context: LabelContext)` before the first request, `close()` after the last one (see `opened`);
+    - `estimate(requests, mean_tokens)`: what so many requests of so many tokens will cost, as an `Estimate` of
+      `nla_hub.training.labeling.cost`;
+    - `figures()`: what was asked, dropped and paid, for the summary of the run.
     """
 
     def label(self, requests: Sequence[LabelRequest]) -> list[str | None]:
         """One label a request; None where there is no usable answer, never a made-up text."""
         ...
+
+
+@contextmanager
+def opened(labeler: Labeler, context: LabelContext) -> Iterator[Labeler]:
+    """A labeler between its `open` and its `close`, where it has them."""
+    if (begin := getattr(labeler, "open", None)) is not None:
+        begin(context)
+    try:
+        yield labeler
+    finally:
+        if (end := getattr(labeler, "close", None)) is not None:
+            end()

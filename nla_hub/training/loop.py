@@ -1,8 +1,9 @@
 """The supervised loop that both halves share: AdamW on accelerate, one pass over length-sorted batches.
 
 The order of rows comes from the seed alone and a batch is the same rows for any number of processes: each takes every
-`world`-th of them, and losses are sums over a count that all processes share. Given a `TrainingState`, a loop that was
-killed continues from its last checkpoint and ends with the very weights of one that was not.
+`world`-th of them, in micro-batches where a recipe has them, and losses are sums over a count that all processes and
+micro-batches share. A model that is sharded (`sharding.shard`) is trained as it is, any other one in copies (DDP). Given a
+`TrainingState`, a loop that was killed continues from its last checkpoint and ends with the very weights of one that was not.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from random import Random
 from typing import Any
@@ -20,7 +22,9 @@ from torch import Tensor, nn
 
 from nla_hub.errors import TrainingError
 from nla_hub.pretrained import LoadOptions
+from nla_hub.training.lora_training import load_trained, trained_state
 from nla_hub.training.recipe import StageSpec
+from nla_hub.training.sharding import Execution, clip_grad_norm, is_sharded
 from nla_hub.training.state import TrainingState
 
 LossOf = Callable[[Any, Sequence[int]], tuple[Tensor, int]]
@@ -31,6 +35,9 @@ Report = Callable[[dict[str, Any]], None]
 
 TRAINED = LoadOptions(dtype="float32")
 """How weights that are trained as a whole are loaded: in bfloat16 most updates of usual learning rates are rounded away."""
+
+WHOLE = Execution()
+"""In float32, every process with a copy."""
 
 POOL_BATCHES = 40
 """Rows of this many batches are sorted by length together: little padding, order still random."""
@@ -125,16 +132,21 @@ def run_loop(
     state: TrainingState | None = None,
     checkpoint_every: int | None = None,
     closing: Callable[[], dict[str, Any]] | None = None,
+    execution: Execution = WHOLE,
+    held: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> LoopResult:
     """Train `model` in place.
 
     Args:
+        model: on its device, or sharded over all processes; `requires_grad` says what is trained.
         loss_of: sums, not means; see `LossOf`.
         lengths: length of each row, for batching.
         max_steps: stop early (a rehearsal).
         state: where checkpoints are kept; one that is there is continued from. None: nothing is kept.
         checkpoint_every: steps between checkpoints (None: see `checkpoint_interval`).
-        closing: figures about the trained model, reported once at the end.
+        closing: figures about the trained model, reported once at the end; every process computes them.
+        execution: the precision of the passes.
+        held: is open around the forward and the backward pass of a micro-batch, for what gradient checkpointing runs again.
 
     Raises:
         TrainingError: losses or gradients stay non-finite.
@@ -142,20 +154,20 @@ def run_loop(
     accelerator = Accelerator()
     batches = batch_order(lengths, spec.batch_size, epochs=spec.epochs, seed=seed)
     optimizer = make_optimizer(model, spec)
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
     rank, world = accelerator.process_index, accelerator.num_processes
     batches = [batch for batch in batches if len(batch) >= world]
     steps = len(batches) if max_steps is None else min(len(batches), max_steps)
     every = checkpoint_every or checkpoint_interval(steps)
     now = _Progress()
-    if state is not None and (found := state.load()) is not None:
-        content = found[1]
-        model.load_state_dict(content["model"])
-        now = _Progress(**content["progress"])
-        if "optimizer" not in content:  # it had come to its end
+    if state is not None and (found := _restore(state, model, optimizer)) is not None:
+        now, ended = found
+        if ended:
             model.eval()
             return now.result()
-        optimizer.load_state_dict(content["optimizer"])
+    wrapped = model
+    if not is_sharded(model):
+        wrapped, optimizer = accelerator.prepare(model, optimizer)
+    gradients = _Gradients(wrapped, loss_of, execution, accelerator, held)
     begun = time.perf_counter() - now.seconds
     wrapped.train()
     for step in range(now.step, steps):
@@ -163,14 +175,9 @@ def run_loop(
         torch.manual_seed((seed * STEP_STRIDE + step) * world + rank)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, spec)
-        total, count = loss_of(wrapped, batches[step][rank::world])
-        sums = torch.tensor([float(total.detach()), float(count)], dtype=torch.float64, device=accelerator.device)
-        sums = accelerator.reduce(sums, reduction="sum")
-        # DDP averages gradients over processes: scale so that the result is the mean over all terms.
-        accelerator.backward(total * (world / float(sums[1])))
-        norm = accelerator.clip_grad_norm_(wrapped.parameters(), spec.clip)
-        loss = float(sums[0] / sums[1])
-        if math.isfinite(loss) and (norm is None or math.isfinite(float(norm))):
+        parts = shares(batches[step], rank, world, spec.micro_batch)
+        loss, norm = gradients.gather(parts, rows=len(batches[step]), clip=spec.clip)
+        if math.isfinite(loss) and math.isfinite(norm):
             optimizer.step()
             now.in_a_row = 0
             now.recent.append(loss)
@@ -198,14 +205,82 @@ def run_loop(
                 }
             )
         if state is not None and now.step % every == 0 and now.step < steps:
-            content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "progress": asdict(now)}
-            state.save(now.step, content)
+            _keep(state, now, model, optimizer)
     model.eval()
     if closing is not None:
         report({"step": steps, "steps": steps, **closing()})
     if state is not None:
-        state.save(steps, {"model": model.state_dict(), "progress": asdict(now)})
+        _keep(state, now, model)
     return now.result()
+
+
+def shares(batch: Sequence[int], rank: int, world: int, micro_batch: int | None) -> list[Sequence[int]]:
+    """The micro-batches of one process: equally many in all of them, so some of them may be empty."""
+    own = batch[rank::world]
+    largest = math.ceil(len(batch) / world)
+    count = 1 if micro_batch is None else math.ceil(largest / micro_batch)
+    size = math.ceil(largest / count)
+    return [own[i * size : (i + 1) * size] for i in range(count)]
+
+
+@dataclass(frozen=True)
+class _Gradients:
+    """The gradient of a batch's mean loss, gathered over micro-batches and processes."""
+
+    model: Any
+    loss_of: LossOf
+    execution: Execution
+    accelerator: Accelerator
+    held: Callable[[], AbstractContextManager[Any]]
+
+    def gather(self, parts: Sequence[Sequence[int]], *, rows: int, clip: float) -> tuple[float, float]:
+        """Mean loss over all terms of a batch of `rows`, and the gradient's norm before it was clipped."""
+        accelerator = self.accelerator
+        world = accelerator.num_processes
+        sums = torch.zeros(2, dtype=torch.float64)
+        for i, part in enumerate(parts):
+            waiting = i + 1 < len(parts)
+            with accelerator.no_sync(self.model) if waiting else nullcontext(), self.held():
+                with self.execution.running(accelerator.device):
+                    # Every process runs the model equally often: with nothing to do, over any row, for nothing.
+                    total, count = self.loss_of(self.model, part or [0])
+                if not part:
+                    total, count = total * 0.0, 0
+                sums += torch.tensor([float(total.detach()), float(count)], dtype=torch.float64)
+                # Gradients are averaged over processes. How many terms there are is known after the last micro-batch.
+                accelerator.backward(total * (world / rows))
+        sums = accelerator.reduce(sums.to(accelerator.device), reduction="sum").cpu()
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        norm = clip_grad_norm(trained, clip, accelerator.device, scale=rows / float(sums[1]))
+        return float(sums[0] / sums[1]), norm
+
+
+def _keep(state: TrainingState, now: _Progress, model: nn.Module, optimizer: Any = None) -> None:
+    """Write a checkpoint; the last one needs no `optimizer`."""
+    content: dict[str, Any] = {"progress": asdict(now), "ended": optimizer is None}
+    if is_sharded(model):
+        state.save(now.step, content, sharded=(model, getattr(optimizer, "optimizer", optimizer)))
+        return
+    content["model"] = trained_state(model)
+    if optimizer is not None:
+        content["optimizer"] = optimizer.state_dict()
+    state.save(now.step, content)
+
+
+def _restore(state: TrainingState, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[_Progress, bool] | None:
+    """What the last checkpoint knows, and whether the loop had come to its end; model and optimizer are as they were."""
+    found = state.load()
+    if found is None:
+        return None
+    step, content = found
+    ended = bool(content.get("ended", "optimizer" not in content))
+    if is_sharded(model):
+        state.load_sharded(step, model, None if ended else optimizer)
+    else:
+        load_trained(model, content["model"])
+        if not ended:
+            optimizer.load_state_dict(content["optimizer"])
+    return _Progress(**content["progress"]), ended
 
 
 def chunks(n: int, size: int) -> Iterator[range]:

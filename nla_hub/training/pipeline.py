@@ -8,7 +8,6 @@ What they are made of lies elsewhere: `stages.py` (names and order), `checks.py`
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -18,44 +17,37 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nla_hub import yaml_io
-from nla_hub.checkpoints import load_ar
+from nla_hub.checkpoints import load_ar, load_av
 from nla_hub.errors import RecipeError, RunError
 from nla_hub.evaluation import get_protocol, run_protocol
 from nla_hub.evaluation.protocol_rows import capture_protocol
 from nla_hub.export import save_ar, save_av, save_source
-from nla_hub.hub import HubOptions
 from nla_hub.injection import Injector
-from nla_hub.loading import Source
-from nla_hub.locate import zoo_ref
 from nla_hub.nla import NLA
-from nla_hub.pretrained import LoadOptions, load_causal_lm, load_tokenizer, load_trunk
+from nla_hub.pretrained import LoadOptions, load_causal_lm
 from nla_hub.prompts import ARPrompt, AVPrompt
 from nla_hub.sidecar import Sidecar
-from nla_hub.source_text import context_length
-from nla_hub.training.ar_regression import init_ar, train_ar
+from nla_hub.training.ar_regression import train_ar
 from nla_hub.training.av_sft import train_av
-from nla_hub.training.checks import check_recipe, source_settings
+from nla_hub.training.base import Base
+from nla_hub.training.checks import check_recipe
 from nla_hub.training.contract import make_sidecars, record_score
-from nla_hub.training.data import TrainingRows, collect, make_labeler, read_rows, write_rows
-from nla_hub.training.loop import TRAINED
+from nla_hub.training.data import TrainingRows, make_labeler, read_rows
+from nla_hub.training.data_stage import prepare_rows
+from nla_hub.training.halves import Halves
+from nla_hub.training.labelers import LabelContext, opened
 from nla_hub.training.recipe import Recipe
-from nla_hub.training.resolve import require_config
 from nla_hub.training.run import RunDirectory, StageDirectory, timed
-from nla_hub.training.splits import UNLABELLED, data_splits, require_dev_held_out, require_held_out, split_documents
+from nla_hub.training.splits import EVALUATION_NAME, require_held_out
 from nla_hub.training.stages import IN_ALL_PROCESSES, Listener, require_stages, stages_of
-from nla_hub.training.stand_in import write_stand_in
 from nla_hub.training.state import TrainingState
 from nla_hub.training.view.report import write_report
-from nla_hub.weights import WEIGHTS_NAME
 
 if TYPE_CHECKING:
-    from nla_hub.tiny.source import SourceSettings
+    pass
 
 WATCH = "watch"
 """The second AR: its folder in the stage `ar`, and the "model" of its lines in metrics.jsonl."""
-
-EVALUATION_NAME = "eval.jsonl"
-"""Held-out documents beside the rows, for a protocol that has none of its own."""
 
 WATCH_SEED_OFFSET = 1
 """What the second AR's seed, the order of its rows, differs by."""
@@ -82,7 +74,6 @@ class Pipeline:
         self.listener = listener
         self.max_steps = max_steps
         self.report_to = tuple(report_to)
-        self.options = LoadOptions()
 
     def execute(self, stages: Sequence[str] | None = None) -> Path:
         """Run the stages that are not done yet (None: all); returns the directory of the finished pair.
@@ -151,80 +142,46 @@ class Pipeline:
     # -- the source ------------------------------------------------------------------------------------------
 
     def _source(self, directory: StageDirectory) -> dict[str, Any]:
-        if self.recipe.base.stand_in is not None:
-            write_stand_in(directory.checkpoint, self.recipe.base.stand_in, seed=self.recipe.seed)
-            return {"base": self.base_name, "trained": False, "revision": self._base_digest()}
-        if self.recipe.base.train is None:
-            require_config(self.recipe, self.base_directory)  # downloaded here, by one process
-            return {"base": self.base_name, "trained": False}
-        from nla_hub.tiny.source import train_source
-
-        settings = self.source_settings()
-        report = self._reporter(directory)
-        train_source(
-            directory.checkpoint,
-            seed=self.recipe.seed,
-            settings=settings,
-            progress=lambda metrics: report({**metrics, "steps": settings.steps}),
-            state=TrainingState(directory, "source"),
-        )
-        return {"base": self.base_name, "trained": True, "revision": self._base_digest()}
-
-    def source_settings(self) -> SourceSettings:
-        """The settings of a source that is trained here."""
-        settings = source_settings(self.recipe)
-        return settings if self.max_steps is None else dataclasses.replace(settings, steps=self.max_steps)
+        return self.base.make(directory, self._reporter(directory), max_steps=self.max_steps)
 
     @cached_property
-    def base_directory(self) -> Path:
-        """The directory of the base model."""
-        if self.base_is_made_here:
-            return self.run.stage("source").checkpoint
-        return zoo_ref(self.recipe.base.name, revision=self.recipe.base.revision).fetch(HubOptions())
-
-    @property
-    def base_is_made_here(self) -> bool:
-        """Whether the run trains its source, or makes one that stands in for it."""
-        return self.recipe.base.train is not None or self.recipe.base.stand_in is not None
-
-    @property
-    def base_name(self) -> str:
-        """What sidecars call the base model."""
-        if self.recipe.base.stand_in is not None:
-            return f"{self.recipe.name}-stand-in"
-        return f"{self.recipe.name}-source" if self.recipe.base.train is not None else self.recipe.base.name
-
-    def _base_digest(self) -> str | None:
-        weights = self.base_directory / WEIGHTS_NAME
-        if self.recipe.base.revision is not None or not weights.is_file():
-            return self.recipe.base.revision
-        return "sha256:" + hashlib.sha256(weights.read_bytes()).hexdigest()
+    def base(self) -> Base:
+        """The base model of this run."""
+        return Base(self.recipe, self.run.stage("source").checkpoint)
 
     @cached_property
-    def source(self) -> Source:
-        """The trunk up to block K, for capture."""
-        loaded = load_trunk(self.base_directory, self.recipe.site, self.options)
-        return Source(loaded, load_tokenizer(self.base_directory), self.base_name)
+    def halves(self) -> Halves:
+        """How this run's halves are loaded and written while they are trained."""
+        return Halves(self.recipe, self.base.directory, self.processes)
 
     # -- data ------------------------------------------------------------------------------------------------
 
     def _data(self, directory: StageDirectory) -> dict[str, Any]:
-        require_dev_held_out(self.recipe)
-        labeler = make_labeler(self.recipe.labels)
-        self._require_room()
-        counts = {}
-        for split, n in data_splits(self.recipe).items():
-            documents = split_documents(self.recipe, split, n)
-            answers = None if split in UNLABELLED else labeler
-            rows = collect(self.source, self.recipe, documents, answers, prefix=split)
-            write_rows(directory.checkpoint / f"{split}.parquet", rows, meta=self._dataset_meta(split))
-            counts[split] = len(rows)
-            self.listener.metrics("data", {"split": split, "documents": len(documents), "rows": len(rows)})
-        return {"rows": counts}
+        self.processes.on_main(self._require_room)
+        try:
+            return prepare_rows(
+                self.recipe,
+                directory,
+                self.processes,
+                source=self.base.trunk,
+                labeler=lambda: opened(make_labeler(self.recipe.labels), self._label_context(directory)),
+                meta=self._dataset_meta,
+                report=lambda figures: self.listener.metrics("data", figures),
+            )
+        finally:
+            self.base.drop()
+
+    def _label_context(self, directory: StageDirectory) -> LabelContext:
+        return LabelContext(
+            directory=self.run.path / "labels",
+            base=f"{self.base.name}@{self.base.digest}",
+            source=self.base.complete,
+            report=self._reporter(directory),
+        )
 
     def _require_room(self) -> None:
         """Raise a RecipeError where the AV cannot write answers as long as the rl stage asks for."""
-        limit = context_length(self.source.loaded.model.config)
+        limit = self.base.context
         if self.recipe.rl is not None and limit is not None and self.recipe.rl.max_new_tokens >= limit:
             raise RecipeError(
                 "The AV cannot write answers as long as this.",
@@ -234,15 +191,16 @@ class Pipeline:
             )
 
     def _dataset_meta(self, split: str) -> dict[str, Any]:
+        data = self.recipe.data
         return {
             "stage": split,
             "extraction": {
-                "base_model": self.base_name,
-                "d_model": self.source.loaded.d_model,
+                "base_model": self.base.name,
+                "d_model": self.base.d_model,
                 "layer_index": self.recipe.layer,
                 "norm": "none",
-                "corpus": self.recipe.data.corpus,
-                "positions_per_doc": self.recipe.data.positions,
+                "corpus": data.corpus or ", ".join(part.data for part in data.mix),
+                "positions_per_doc": data.positions,
             },
         }
 
@@ -255,10 +213,10 @@ class Pipeline:
         """Sidecars of AV and AR after the supervised stages."""
         return make_sidecars(
             self.recipe,
-            self.source,
+            self.base.tokenizer,
             self.rows("av_sft").vectors,
-            base_name=self.base_name,
-            revision=self._base_digest(),
+            base_name=self.base.name,
+            revision=self.base.digest,
         )
 
     # -- the halves ------------------------------------------------------------------------------------------
@@ -274,10 +232,10 @@ class Pipeline:
         seed = self.recipe.seed + (0 if model_name is None else WATCH_SEED_OFFSET)
         torch.manual_seed(seed)
         _, sidecar = self.sidecars
-        model = init_ar(self.source.loaded.adapter, self.source.loaded.model)
+        model = self.halves.load_ar(sidecar, seed=seed)
         result = train_ar(
             model,
-            ARPrompt.build(self.source.tokenizer, sidecar),
+            ARPrompt.build(self.base.tokenizer, sidecar),
             self.rows("ar_sft"),
             self.recipe.ar,
             seed=seed,
@@ -285,17 +243,16 @@ class Pipeline:
             held_out=self.rows("dev"),
             max_steps=self.max_steps,
             state=TrainingState(directory, model_name or "ar", model_name, self.processes),
+            execution=self.halves.ar_execution,
         )
-        self.processes.on_main(
-            lambda: save_ar(place, model.trunk, model.head, self.source.tokenizer, sidecar, dtype=torch.float32)
-        )
+        self.halves.write_ar(place, model, self.base.tokenizer, sidecar)
         return dataclasses.asdict(result)
 
     def _av(self, directory: StageDirectory) -> dict[str, Any]:
         torch.manual_seed(self.recipe.seed)
         sidecar, _ = self.sidecars
-        loaded = load_causal_lm(self.base_directory, TRAINED)
-        tokenizer = self.source.tokenizer
+        loaded = self.halves.load_av()
+        tokenizer = self.base.tokenizer
         assert sidecar.marker is not None
         result = train_av(
             loaded.model,
@@ -309,10 +266,9 @@ class Pipeline:
             held_out=self.rows("dev"),
             max_steps=self.max_steps,
             state=TrainingState(directory, "av", processes=self.processes),
+            execution=self.halves.av_execution,
         )
-        self.processes.on_main(
-            lambda: save_av(directory.checkpoint, loaded.model, tokenizer, sidecar, dtype=torch.float32)
-        )
+        self.halves.write_av(directory.checkpoint, loaded.model, tokenizer, sidecar)
         return dataclasses.asdict(result)
 
     def _rl(self, directory: StageDirectory) -> dict[str, Any]:
@@ -322,9 +278,9 @@ class Pipeline:
         watch = self.run.stage("ar").path / WATCH
         av, ar = (sidecar.with_(stage="rl") for sidecar in self.sidecars)
         summary: dict[str, Any] = train_rl(
-            recipe=self.recipe,
+            halves=self.halves,
             run_stage=directory,
-            source=self.source,
+            base=self.base,
             sidecars=(av, ar),
             av_directory=self.run.stage("av").checkpoint,
             ar_directory=self.run.stage("ar").checkpoint,
@@ -356,21 +312,23 @@ class Pipeline:
             av_sidecar, ar_sidecar = av_sidecar.with_(stage="rl"), ar_sidecar.with_(stage="rl")
             av_place, ar_place = rl.checkpoint / "av", rl.checkpoint / "ar"
         extra = {"training": trained, "created_by": "nla-hub"}
-        av = load_causal_lm(av_place, self.options)
-        save_av(place / "av", av.model, self.source.tokenizer, av_sidecar.with_(extra=extra), dtype=dtype)
-        ar, head = load_ar(ar_place, ar_sidecar, self.options)
+        # In the dtype that is written, as `convert` does: factors are added in float32 and the sum is rounded once.
+        options = LoadOptions(dtype=dtype, device_map={"": "cpu"})
+        av = load_av(self.halves.files(av_place), options)
+        save_av(place / "av", av.model, self.base.tokenizer, av_sidecar.with_(extra=extra), dtype=dtype)
+        ar, head = load_ar(self.halves.files(ar_place), ar_sidecar, options)
         save_ar(
             place / "ar",
             ar.model,
             head,
-            self.source.tokenizer,
+            self.base.tokenizer,
             ar_sidecar.with_(extra=extra),
             dtype=dtype,
             head_dtype=head_dtype,
         )
-        if self.base_is_made_here:
-            source = load_causal_lm(self.base_directory, self.options)
-            save_source(place / "source", source.model, self.source.tokenizer, dtype=dtype)
+        if self.base.is_made_here:
+            source = load_causal_lm(self.base.directory, options)
+            save_source(place / "source", source.model, self.base.tokenizer, dtype=dtype)
         sizes = {p.name: _bytes(p) for p in sorted(place.iterdir()) if p.is_dir()}
         return {"bytes": sizes}
 
@@ -385,7 +343,7 @@ class Pipeline:
             progress=lambda what, done, total: self.listener.metrics("eval", {"what": what, "done": done, "of": total}),
         )
         measured = capture_protocol(nla, result.protocol, corpus=corpus, facts=False)
-        shared = require_held_out(self.recipe, measured.contents)
+        shared = require_held_out(self.recipe, measured.contents, self.run.stage("data").checkpoint)
         record_score(self.pair_directory, result, measured.own.vectors)
         yaml_io.write_text(directory.path / "result.json", json.dumps(result.to_dict(), indent=1) + "\n")
         figures = {name: value for name, value in result.figures().items() if value is not None}
@@ -405,7 +363,7 @@ class Pipeline:
 
     def _exported_base(self) -> Path:
         exported = self.pair_directory / "source"
-        return exported if exported.is_dir() else self.base_directory
+        return exported if exported.is_dir() else self.base.directory
 
 
 def _bytes(directory: Path) -> int:

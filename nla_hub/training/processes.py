@@ -1,7 +1,8 @@
 """One run in several processes: who writes, and how all of them take the same decision.
 
 `accelerate launch -m nla_hub train RECIPE` (or torchrun) starts the same command several times. All of them see the same
-run directory. The main process alone takes the lock, writes and speaks; what it finds out or decides is shared.
+run directory. The main process alone takes the lock, writes and speaks; what it finds out or decides is shared. A launcher says
+how many processes there are, and nothing else: sharding and precision are the recipe's.
 """
 
 from __future__ import annotations
@@ -20,6 +21,17 @@ PATIENCE = timedelta(days=7)
 """How long processes wait for the main one, which may evaluate or label for hours while they have nothing to do."""
 
 
+NOT_THE_LAUNCHERS = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
+"""What `accelerate launch` sets in the environment for each way to divide a model that its configuration asks for."""
+
+MIXED_PRECISION = "ACCELERATE_MIXED_PRECISION"
+"""What it sets to its `mixed_precision`, "no" by default."""
+
+
 @dataclass(frozen=True)
 class Processes:
     """The processes of this run: `rank` is this one's number, `world` how many there are."""
@@ -32,8 +44,9 @@ class Processes:
         """The processes that a launcher started with this one; costs nothing where there is no launcher.
 
         Raises:
-            RunError: a launcher is there, but the processes cannot reach each other.
+            RunError: a launcher is there that decides what the recipe does, or the processes cannot reach each other.
         """
+        _require_plain_launcher()
         if int(os.environ.get("WORLD_SIZE") or 1) < 2:
             return cls()
         import torch
@@ -93,3 +106,21 @@ class Processes:
 
             torch.distributed.barrier()
             torch.distributed.destroy_process_group()
+
+
+def _require_plain_launcher() -> None:
+    """Raise a RunError where a launcher's configuration does what a recipe decides."""
+    faults = [
+        f"{what}: how weights are divided is hardware.placement in the recipe"
+        for name, what in NOT_THE_LAUNCHERS.items()
+        if (os.environ.get(name) or "false").lower() in ("1", "true", "yes", "on")
+    ]
+    precision = (os.environ.get(MIXED_PRECISION) or "no").lower()
+    if precision != "no":
+        faults.append(f"mixed_precision {precision}: what models compute in is `precision` in the recipe")
+    if faults:
+        raise RunError(
+            "The launcher's configuration decides what the recipe does.",
+            faults=faults,
+            next_step="launch with the configuration in recipes/launch, or with: torchrun --nproc-per-node N -m nla_hub train",
+        )

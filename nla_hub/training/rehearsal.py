@@ -107,7 +107,8 @@ def _stage_sizes(spec: Any) -> dict[str, Any]:
 def _with_stand_ins(recipe: Recipe, changes: _Changes) -> Recipe:
     """Base model, corpus and labeler that are somewhere else, replaced by ones that are here."""
     from nla_hub.testing.random_models import MARKER
-    from nla_hub.training.stand_in import BLOCKS, stand_in_config
+    from nla_hub.training.family import BLOCKS
+    from nla_hub.training.stand_in import stand_in_config
 
     parts: dict[str, Any] = {}
     if recipe.base.train is None and not _is_here(recipe):
@@ -146,12 +147,13 @@ def _for_this_machine(recipe: Recipe, changes: _Changes, world: int) -> Recipe:
     parts: dict[str, Any] = {}
     if recipe.hardware.world != world:
         parts["hardware"] = changes.make(recipe.hardware, "hardware.", gpus=world, nodes=1)
-    if not accelerated:
-        if recipe.precision != "float32":
-            parts |= _as_top(recipe, changes, precision="float32")
-        hardware: HardwareSpec = parts.get("hardware", recipe.hardware)
-        placement = changes.make(hardware.placement, "hardware.placement.", source="each", optimizers="device")
-        parts["hardware"] = dataclasses.replace(hardware, placement=placement)
+    if not accelerated and recipe.precision != "float32":
+        parts |= _as_top(recipe, changes, precision="float32")
+    whole: dict[str, Any] = {"av": "each", "ar": "each", "optimizers": "device"} if world == 1 else {}
+    here: dict[str, Any] = {} if accelerated else {"source": "each", "optimizers": "device"}
+    hardware: HardwareSpec = parts.get("hardware", recipe.hardware)
+    placement = changes.make(hardware.placement, "hardware.placement.", **whole | here)
+    parts["hardware"] = dataclasses.replace(hardware, placement=placement)
     if recipe.base.quantization is not None and not (accelerated and find_spec("bitsandbytes")):
         parts["base"] = changes.make(recipe.base, "base.", quantization=None)
     if recipe.rl is not None and recipe.rl.rollouts.engine == "vllm" and not (accelerated and find_spec("vllm")):

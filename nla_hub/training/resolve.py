@@ -11,6 +11,7 @@ from nla_hub.errors import RecipeError
 from nla_hub.hub import HubOptions
 from nla_hub.locate import zoo_ref
 from nla_hub.pretrained import load_config, load_tokenizer
+from nla_hub.training.marker import choose_marker
 from nla_hub.training.recipe import AUTO, TWO_THIRDS, Recipe
 
 DERIVED = frozenset({"architectures", "torch_dtype", "dtype", "transformers_version"})
@@ -42,9 +43,7 @@ def resolved(recipe: Recipe) -> Recipe:
     if recipe.layer == TWO_THIRDS:
         changes["layer"] = two_thirds(int(load_config(directory).get_text_config().num_hidden_layers))
     if recipe.marker == AUTO:
-        from nla_hub.training.marker import choose_marker
-
-        changes["marker"] = choose_marker(load_tokenizer(directory))
+        changes["marker"] = choose_marker(load_tokenizer(directory), recipe.prompts.av)
     return dataclasses.replace(recipe, **changes)
 
 

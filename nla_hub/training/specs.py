@@ -373,7 +373,7 @@ class HardwareSpec:
     """The machines a recipe is written for, by which `--plan` judges it.
 
     Attributes:
-        gpu: a name of `nla_hub.training.gpus.GPUS`, or "cpu".
+        gpu: a name of `planning.gpus.GPUS`, or "cpu".
         gpus: on each node. nodes: of them. One process runs on each GPU.
     """
 

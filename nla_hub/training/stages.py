@@ -11,7 +11,7 @@ from nla_hub.training.recipe import Recipe
 STAGES = ("source", "data", "ar", "av", "rl", "export", "eval")
 """All stages there are; `stages_of` says which a recipe has."""
 
-IN_ALL_PROCESSES = frozenset({"ar", "av", "rl"})
+IN_ALL_PROCESSES = frozenset({"data", "ar", "av", "rl"})
 """Stages that every process works on; the others are the main process's own while the rest wait."""
 
 

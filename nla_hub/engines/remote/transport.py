@@ -167,7 +167,7 @@ class Client:
                         raise last
                     if reply.status in BUSY:
                         self.gate.lower()
-                    delay = max(delay, _seconds(reply.retry_after))
+                    delay = max(delay, seconds_asked(reply.retry_after))
             if attempt == self.retries or delay > PATIENCE:
                 break
             logger.info("%s Trying again in %.1f s.", last.one_line(), delay)
@@ -256,7 +256,7 @@ class Client:
             )
         elif reply.status in BUSY:
             what = "The server has too much to do."
-            later = f"in {seconds:.0f} s, as it says" if (seconds := _seconds(reply.retry_after)) else "later"
+            later = f"in {seconds:.0f} s, as it says" if (seconds := seconds_asked(reply.retry_after)) else "later"
             advice = f"try again {later}, or with a smaller concurrency"
         elif reply.status in RETRIED:
             what, advice = "The server behind this address does not answer.", "look at the server's log, and try again"
@@ -307,7 +307,7 @@ def _message(data: bytes) -> str:
     return str(error)
 
 
-def _seconds(retry_after: str) -> float:
+def seconds_asked(retry_after: str) -> float:
     """What a Retry-After asks for: seconds, or a date; 0 where it asks for nothing that can be read."""
     text = retry_after.strip()
     if text.isdigit():

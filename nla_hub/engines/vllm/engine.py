@@ -29,7 +29,7 @@ from nla_hub.engines.base import (
     require_sensitive,
 )
 from nla_hub.engines.endings import Endings
-from nla_hub.engines.vllm.room import room
+from nla_hub.engines.vllm.room import Room, room
 from nla_hub.engines.vllm.start import Running, sampling_params
 from nla_hub.errors import InjectionError, InputError, Interrupted, NLAError
 from nla_hub.log import logger
@@ -116,10 +116,14 @@ class VLLMEngine:
                 "block_size": block_size,
             }
             self._rows = ROWS
-            self._running = Running(av.directory, self._settings)
+            self._running = self._start()
         except BaseException:
             self.close()
             raise
+
+    def _start(self) -> Running:
+        """vLLM on this AV."""
+        return Running(self.av.directory, self._settings)
 
     def _longest(self, asked: int | None) -> int:
         limit, prompt = context_length(self.av.config), len(self.av.prompt)
@@ -142,13 +146,7 @@ class VLLMEngine:
         if options["block_size"] is None and on_cpu:
             options["block_size"] = BLOCK_ON_CPU
         if options["gpu_memory_utilization"] is None:
-            found = room(
-                self.av,
-                device,
-                rows=self._rows,
-                max_model_len=self.max_model_len,
-                devices=options["tensor_parallel_size"],
-            )
+            found = self._room(device)
             options |= {"kv_cache_memory_bytes": found.cache, "gpu_memory_utilization": found.share}
         if (name := causal_class(self.av.config)) is not None:
             # A text model out of a wrapper says nothing or the wrapper's name, and vLLM would leave its lm_head out.
@@ -165,6 +163,13 @@ class VLLMEngine:
             "use_tqdm_on_load": False,
             **{name: value for name, value in options.items() if value is not None},
         }
+
+    def _room(self, device: str, weights: int | None = None) -> Room:
+        """See `room`."""
+        devices = int(self._options["tensor_parallel_size"])
+        return room(
+            self.av, device, rows=self._rows, max_model_len=self.max_model_len, devices=devices, weights=weights
+        )
 
     # -- the contract --------------------------------------------------------------------------------------------
 
@@ -313,10 +318,9 @@ class VLLMEngine:
         """Take requests back; the engine is closed where that fails."""
         if self._running is None:
             return
-        engine = self._running.llm.llm_engine
         try:
-            engine.abort_request(list(sent), internal=True)
-            usable = not engine.has_unfinished_requests() and not engine.engine_core.resources.engine_dead
+            self._running.llm.llm_engine.abort_request(list(sent), internal=True)
+            usable = self._running.usable
         except Exception as cause:
             logger.debug("vLLM took no abort: %s", cause)
             usable = False

@@ -43,18 +43,21 @@ class Room:
     share: float
 
 
-def room(av: StoredAV, device: str, *, rows: int, max_model_len: int, devices: int = 1) -> Room:
+def room(
+    av: StoredAV, device: str, *, rows: int, max_model_len: int, devices: int = 1, weights: int | None = None
+) -> Room:
     """The memory of an AV on `devices` devices of a type ("cuda", "cpu", ...), each of which holds an equal part.
 
     Args:
         rows: that shall run at once.
         max_model_len: tokens of the longest row.
+        weights: bytes of all weights. None: of those in its directory.
 
     Raises:
         NLAError: not even one row has room.
     """
     free, total = free_memory(device), _total(device)
-    weights = _weights(av) // devices
+    weights = (_weights(av) if weights is None else weights) // devices
     wanted = _cache(av, rows, min(max_model_len, len(av.prompt) + ANSWER), devices)
     least = math.ceil(BLOCKS * _cache(av, 1, max_model_len, devices))
     cache = max(wanted, least)

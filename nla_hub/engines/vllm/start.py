@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import logging
+import logging.config
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,7 +31,7 @@ _SHAPE = re.compile(r"head.?size|head.?dim|not supported|unsupported|no module o
 
 
 class Running:
-    """vLLM on one model: `llm` is a `vllm.LLM` until it is closed, then None."""
+    """vLLM on one model, in processes of its own: `llm` is a `vllm.LLM` until it is closed, then None."""
 
     def __init__(self, directory: Path, settings: Callable[[str], Mapping[str, Any]]) -> None:
         """Start it.
@@ -46,8 +47,8 @@ class Running:
         self.llm: Any = None
         path = Path(self._folder.name, LOG_NAME)
         try:
-            model = model_alone(directory, Path(self._folder.name, "model"))
-            with surroundings(path):
+            model = self._files(directory)
+            with self._around(path):
                 self.llm = import_vllm().LLM(model=str(model), **settings(_device()))
         except BaseException as cause:
             text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
@@ -56,16 +57,35 @@ class Running:
                 raise
             raise refusal(cause, text) from cause
 
+    def _files(self, directory: Path) -> Path:
+        """The directory that vLLM reads."""
+        return model_alone(directory, Path(self._folder.name, "model"))
+
+    def _around(self, log: Path) -> AbstractContextManager[None]:
+        """What holds while it starts."""
+        return surroundings(log)
+
+    @property
+    def usable(self) -> bool:
+        """Whether it is alive and no request is under way."""
+        engine = self.llm.llm_engine
+        return not (engine.has_unfinished_requests() or self._dead(engine.engine_core))
+
+    def _dead(self, core: Any) -> bool:
+        return bool(core.resources.engine_dead)
+
+    def _end(self, core: Any) -> None:
+        processes = list(getattr(core.resources.engine_manager, "processes", ()))
+        core.shutdown()
+        for process in processes:
+            process.join()  # ended above: this takes its exit status, so that no zombie stays
+
     def close(self) -> None:
         """End its processes and threads; twice is fine."""
         llm, self.llm = self.llm, None
         if llm is not None:
-            core = llm.llm_engine.engine_core
-            processes = list(getattr(core.resources.engine_manager, "processes", ()))
-            core.shutdown()
+            self._end(llm.llm_engine.engine_core)
             llm.renderer.shutdown()
-            for process in processes:
-                process.join()  # ended above: this takes its exit status, so that no zombie stays
         _forget_log(Path(self._folder.name, LOG_NAME))
         self._folder.cleanup()
 
@@ -123,19 +143,23 @@ def sampling_params(**settings: Any) -> Any:
 
 
 @contextmanager
-def surroundings(log: Path) -> Iterator[None]:
+def surroundings(log: Path, **more: str) -> Iterator[None]:
     """While open, the environment is what vLLM shall start in; afterwards it is as before, whatever vLLM wrote there.
 
     VLLM_WORKER_MULTIPROC_METHOD is "spawn": a fork would copy this process's threads and CUDA state. VLLM_NO_USAGE_STATS
     keeps it from reporting its use to its makers. VLLM_CPU_KVCACHE_SPACE, which wins over what is counted in `room.py`, and all
-    others are the user's.
+    others are the user's, but for `more`.
     """
     before = dict(os.environ)
+    os.environ.update(more)
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     if not {"VLLM_LOGGING_LEVEL", "VLLM_LOGGING_CONFIG_PATH", "VLLM_CONFIGURE_LOGGING"} & set(before):
-        os.environ["VLLM_LOGGING_CONFIG_PATH"] = str(_log_config(log))
+        path = _log_config(log)
+        os.environ["VLLM_LOGGING_CONFIG_PATH"] = str(path)
+        if "vllm.logger" in sys.modules:  # imported already: it reads the file no more
+            logging.config.dictConfig(json.loads(path.read_text(encoding="utf-8")))
     try:
         yield
     finally:

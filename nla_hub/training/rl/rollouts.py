@@ -86,6 +86,16 @@ def sample(
     draws = uniforms(step_seed(seed, step), keys, spec.max_new_tokens)
     completions: list[Completion] = []
     begin = 0
+    if not getattr(engine, "exact_draws", True):
+        # It makes batches of its own; processes that share one must ask it equally often.
+        begin = len(rows)
+        completions += engine.generate(
+            vectors,
+            draws,
+            temperature=spec.temperature,
+            max_new_tokens=spec.max_new_tokens,
+            batch_size=spec.rollout_block,
+        )
     while begin < len(rows):
         # Blocks are cut by the place in the whole step.
         end = min(len(rows), begin + spec.rollout_block - (first + begin) % spec.rollout_block)

@@ -85,9 +85,9 @@ class Scoring:
                 found.append(None)
                 continue
             predicted = torch.zeros_like(rollout.vectors)
-            if usable:
+            if usable or ar.sharded:
                 predicted[usable] = ar.score(texts, rollout.vectors[usable], total=total)
-            if self.labels is not None and extra:
+            if self.labels is not None and (extra or ar.sharded):
                 ar.score([self.labels.texts[i] for i in extra], self.labels.vectors[extra], total=total)
             found.append(predicted)
         assert found[0] is not None

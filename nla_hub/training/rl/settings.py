@@ -11,6 +11,7 @@ from typing import Any
 from trl import GRPOConfig
 
 from nla_hub.errors import TrainingError
+from nla_hub.training.lora_training import peft_config
 from nla_hub.training.recipe import RLSpec
 
 
@@ -35,7 +36,6 @@ def grpo_config(
     seed: int,
     world: int,
     on_cpu: bool,
-    bf16: bool,
     report_to: Sequence[str] = (),
     run_name: str | None = None,
 ) -> GRPOConfig:
@@ -71,7 +71,7 @@ def grpo_config(
         weight_decay=spec.weight_decay,
         adam_beta2=spec.beta2,
         max_grad_norm=spec.clip,
-        bf16=bf16,
+        bf16=False,  # the trainer casts by itself (`sharding.Execution`), as the sampler must too
         use_cpu=on_cpu,
         **_checkpointing(spec.gradient_checkpointing),
         ddp_find_unused_parameters=False,
@@ -101,16 +101,5 @@ def _where_known(**settings: Any) -> dict[str, Any]:
 
 
 def lora_config(spec: RLSpec) -> Any:
-    """peft's configuration, None for full weights."""
-    if spec.lora is None:
-        return None
-    from peft import LoraConfig
-
-    targets = spec.lora.targets
-    return LoraConfig(
-        r=spec.lora.r,
-        lora_alpha=spec.lora.alpha,
-        lora_dropout=0.0,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        task_type="CAUSAL_LM",
-    )
+    """peft's configuration of the factors that the trainer makes (`rl.lora`), None where it makes none."""
+    return None if spec.lora is None else peft_config(spec.lora)

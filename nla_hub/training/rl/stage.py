@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import shutil
 import time
@@ -11,28 +10,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
 from nla_hub import registry
-from nla_hub.checkpoints import load_ar
 from nla_hub.engines.base import LoadedAV
 from nla_hub.errors import TrainingError
-from nla_hub.export import save_ar, save_av
 from nla_hub.injection import Injector
-from nla_hub.loading import Source
-from nla_hub.pretrained import LoadOptions, load_causal_lm
 from nla_hub.prompts import ARPrompt, AVPrompt
-from nla_hub.reconstructor import ARModel
 from nla_hub.sidecar import Sidecar
-from nla_hub.source_text import context_length
+from nla_hub.training.base import Base
 from nla_hub.training.data import TrainingRows
-from nla_hub.training.loop import TRAINED, Report
+from nla_hub.training.halves import Halves
+from nla_hub.training.loop import Report
 from nla_hub.training.processes import Processes
 from nla_hub.training.recipe import Recipe, RLSpec
 from nla_hub.training.rl.dev_eval import DevEvaluation
 from nla_hub.training.rl.live_ar import LiveAR
 from nla_hub.training.rl.monitor import Alarm, Monitor
+from nla_hub.training.rl.samplers import TogetherEngine, sampler
 from nla_hub.training.run import StageDirectory
+from nla_hub.training.sharding import is_sharded
 from nla_hub.training.splits import data_splits, split_documents
 
 if TYPE_CHECKING:
@@ -50,9 +48,9 @@ STOPPING_ALARM = "precision_falls"
 
 def train_rl(
     *,
-    recipe: Recipe,
+    halves: Halves,
     run_stage: StageDirectory,
-    source: Source,
+    base: Base,
     sidecars: tuple[Sidecar, Sidecar],
     av_directory: Path,
     ar_directory: Path,
@@ -64,7 +62,7 @@ def train_rl(
     report_to: tuple[str, ...] = (),
     max_steps: int | None = None,
 ) -> dict[str, Any]:
-    """Train both halves and write them to `run_stage.checkpoint`/av and /ar, float32 on the CPU.
+    """Train both halves and write them to `run_stage.checkpoint`/av and /ar, as `halves` has them.
 
     Args:
         sidecars: of AV and AR, as they are written.
@@ -78,24 +76,24 @@ def train_rl(
     from nla_hub.training.grpo import RLTrainer
     from nla_hub.training.rl.settings import grpo_config
 
+    recipe = halves.recipe
     assert recipe.rl is not None
     spec = recipe.rl if max_steps is None else dataclasses.replace(recipe.rl, steps=min(recipe.rl.steps, max_steps))
     processes = Processes.here()
     av_sidecar, ar_sidecar = sidecars
-    tokenizer = source.tokenizer
+    tokenizer = base.tokenizer
     assert av_sidecar.marker is not None
-    loaded = load_causal_lm(av_directory, TRAINED if spec.lora is None else LoadOptions())
+    loaded = halves.load_av(av_directory)
     use_cache = loaded.model.config.use_cache
     injector = Injector(loaded.adapter, av_sidecar.injection, av_sidecar.marker)
     av = LoadedAV(loaded, tokenizer, AVPrompt.build(tokenizer, av_sidecar), injector)
-    needs_copy = spec.beta > 0 and spec.lora is None
-    reference = copy.deepcopy(loaded.model) if needs_copy else None
-    prompt = ARPrompt.build(tokenizer, ar_sidecar, max_length=context_length(source.loaded.model.config))
+    reference = halves.load_reference(av_directory)
+    prompt = ARPrompt.build(tokenizer, ar_sidecar, max_length=base.context)
 
     def make_ar(accelerator: Any) -> tuple[LiveAR, LiveAR | None]:
         def live(directory: Path) -> LiveAR:
-            trunk, head = load_ar(directory, ar_sidecar, TRAINED)
-            return LiveAR(ARModel(trunk.adapter, trunk.model, head), prompt, spec, accelerator)
+            model = halves.load_ar(ar_sidecar, directory)
+            return LiveAR(model, prompt, spec, accelerator, execution=halves.ar_execution)
 
         return live(ar_directory), None if watch_directory is None else live(watch_directory)
 
@@ -109,14 +107,16 @@ def train_rl(
         named=named,
         truth=truth,
     )
-    device = next(loaded.model.parameters()).device
+    device = PartialState().device if is_sharded(loaded.model) else next(loaded.model.parameters()).device
+    execution = halves.av_execution
+    if loaded.model.dtype == torch.bfloat16 and device.type != "cpu" and not execution.sharded:
+        execution = dataclasses.replace(execution, bf16=True)  # float32 factors on a frozen AV of 16 bit
     args = grpo_config(
         spec,
         run_stage.state,
         seed=recipe.seed,
         world=processes.world,
         on_cpu=device.type == "cpu",
-        bf16=loaded.model.dtype == torch.bfloat16 and device.type != "cpu",
         report_to=report_to if processes.is_main else (),
         run_name=f"{recipe.name}-{recipe.digest()}",
     )
@@ -130,20 +130,17 @@ def train_rl(
         labels=label_rows if spec.label_share else None,
         baseline=evaluation.reference,
         seed=recipe.seed,
+        make_engine=sampler(spec, execution, device, processes),
+        execution=execution,
     )
     keep_curves(trainer, run_stage.path.parent / CURVES)
     stage = Conductor(trainer, spec, evaluation, run_stage, report, processes)
     summary = stage.run()
 
-    def save() -> None:
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        merged = model.merge_and_unload() if spec.lora is not None else model
-        merged.config.use_cache = use_cache  # the Trainer switches it off
-        save_av(run_stage.checkpoint / "av", merged, tokenizer, av_sidecar, dtype=torch.float32)
-        ar = trainer.scoring.ar.model
-        save_ar(run_stage.checkpoint / "ar", ar.trunk, ar.head, tokenizer, ar_sidecar, dtype=torch.float32)
-
-    processes.on_main(save)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model.config.use_cache = use_cache  # the Trainer switches it off
+    halves.write_av(run_stage.checkpoint / "av", model, tokenizer, av_sidecar)
+    halves.write_ar(run_stage.checkpoint / "ar", trainer.scoring.ar.model, tokenizer, ar_sidecar)
     return summary
 
 
@@ -162,8 +159,10 @@ def known_facts(
     A labeler that can read facts has `named(text)`, a document that knows its own has `facts_at(char)`.
     """
     named = getattr(registry.labelers.get(recipe.labels.labeler), "named", None)
+    if named is None or recipe.data.corpus is None:
+        return None, None
     documents = split_documents(recipe, "dev", data_splits(recipe)["dev"])
-    if named is None or not all(hasattr(document, "facts_at") for document in documents):
+    if not all(hasattr(document, "facts_at") for document in documents):
         return None, None
     by_id: dict[str, Any] = {f"dev-{i}": document for i, document in enumerate(documents)}
     ends = zip(rows.doc_ids, rows.prefixes, strict=True)
@@ -246,8 +245,8 @@ class Conductor:
         return self.processes.share((save, stop))
 
     def _evaluate(self, step: int) -> None:
-        """Measure on held-out rows; the main process does, and all of them judge its figures."""
-        self.last = self.processes.on_main(self._measured)
+        """Measure on held-out rows, all processes together; all of them judge the main one's figures."""
+        self.last = self.processes.share(self._measured())
         self.report({"step": step, "steps": self.spec.steps, "evaluation": self.last})
         if step:
             self.trainer.log({f"held_out/{k}": v for k, v in _numbers(self.last).items()})
@@ -255,13 +254,12 @@ class Conductor:
 
     def _measured(self) -> dict[str, Any]:
         watch = self.trainer.scoring.watch
-        model = self.trainer.model
-        was_training = model.training
-        model.eval()
-        result = self.evaluation.measure(
-            self.trainer.engine, self.trainer.scoring.ar.model, None if watch is None else watch.model
-        )
-        model.train(was_training)
+        with self.trainer.sampling() as engine:
+            result = self.evaluation.measure(
+                TogetherEngine(engine, self.processes),
+                self.trainer.scoring.ar.model,
+                None if watch is None else watch.model,
+            )
         return result.to_dict()
 
     def _warn(self, alarms: list[Alarm]) -> None:
@@ -277,9 +275,10 @@ class Conductor:
         """Complete the checkpoint that the Trainer has just written, then remove the older ones."""
         place = self.stage.state / f"checkpoint-{self.trainer.state.global_step}"
         self.trainer.accelerator.wait_for_everyone()  # each process has written its random state
+        content = self._content(place)
 
         def complete() -> None:
-            torch.save(self._content(), place / OURS)
+            torch.save(content, place / OURS)
             (place / COMPLETE).write_text(f"{self.done}\n", encoding="utf-8")
             for other in self.stage.state.glob("checkpoint-*"):
                 if other != place:
@@ -287,13 +286,13 @@ class Conductor:
 
         self.processes.on_main(complete)
 
-    def _content(self) -> dict[str, Any]:
+    def _content(self, place: Path) -> dict[str, Any]:
         watch = self.trainer.scoring.watch
         return {
             "done": self.done,
             "policy": self.trainer.fingerprint(),
-            "ar": self.trainer.scoring.ar.state_dict(),
-            "watch": None if watch is None else watch.state_dict(),
+            "ar": self.trainer.scoring.ar.state_dict(place / "ar"),
+            "watch": None if watch is None else watch.state_dict(place / "watch"),
             "monitor": self.monitor.to_dict(),
             "alarms": self.alarms,
             "stopped_by": None if self.stopped_by is None else self.stopped_by.to_dict(),
@@ -305,9 +304,9 @@ class Conductor:
 
     def _restore(self, place: Path) -> None:
         content = torch.load(place / OURS, map_location="cpu", weights_only=True)
-        self.trainer.scoring.ar.load_state_dict(content["ar"])
+        self.trainer.scoring.ar.load_state_dict(content["ar"], place / "ar")
         if self.trainer.scoring.watch is not None:
-            self.trainer.scoring.watch.load_state_dict(content["watch"])
+            self.trainer.scoring.watch.load_state_dict(content["watch"], place / "watch")
         self.monitor = Monitor.from_dict(content["monitor"])
         self._policy = content["policy"]
         self.trainer.skipped, self.trainer.scoring.skipped = content["skipped"]

@@ -1,0 +1,1 @@
+"""The first files of a plug-in for a new base model."""
