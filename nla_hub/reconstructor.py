@@ -52,7 +52,8 @@ class ARModel(nn.Module):
         read = hidden[torch.arange(len(ids), device=ids.device), last].float()
         if self.head_input_scale is not None:
             read = read * (self.head_input_scale / read.norm(dim=-1, keepdim=True))
-        out: Tensor = self.head(read)
+        with torch.autocast(read.device.type, enabled=False):  # float32, whatever the trunk computes in
+            out: Tensor = self.head(read)
         return out
 
     def _common(self, ids: Tensor, last: Tensor) -> int:

@@ -107,6 +107,10 @@ class Recipe:
             yield f"marker: got {self.marker!r}, expected one character, or {AUTO}"
         if self.base.quantization is not None and self.lora is None:
             yield "base.quantization: only frozen weights can be packed; it needs a lora section"
+        if self.base.quantization is not None and self.rl is not None and self.rl.rollouts.engine == "vllm":
+            yield "rl.rollouts.engine: vllm cannot take over packed weights; use transformers, or no base.quantization"
+        if self.base.quantization is not None and "sharded" in (self.hardware.placement.av, self.hardware.placement.ar):
+            yield "hardware.placement: packed weights cannot be sharded; use each, or no base.quantization"
         if self.lora is not None and self.rl is not None and self.rl.lora is not None:
             yield "rl.lora: the factors of lora are trained in the rl stage already; leave one of the two out"
 

@@ -135,7 +135,10 @@ def train_rl(
     )
     keep_curves(trainer, run_stage.path.parent / CURVES)
     stage = Conductor(trainer, spec, evaluation, run_stage, report, processes)
-    summary = stage.run()
+    try:
+        summary = stage.run()
+    finally:
+        trainer.engine.close()  # vLLM would keep its share of the device
 
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.config.use_cache = use_cache  # the Trainer switches it off
