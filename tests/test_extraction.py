@@ -209,6 +209,7 @@ os._exit(0)  # on a busy machine torch sometimes aborts while it is torn down, a
 """
 
 
+@pytest.mark.long
 def test_two_real_processes(corpus: Path, reference: Path, tmp_path: Path) -> None:
     arguments = ["-c", STAGE, json.dumps(mixed_recipe(corpus).to_mapping()), str(tmp_path / "data"), "0"]
     (code, out, told), (other_code, other_out, other_told) = launch(arguments, 2)
@@ -223,6 +224,7 @@ def test_two_real_processes(corpus: Path, reference: Path, tmp_path: Path) -> No
     assert "extracting" not in other_out
 
 
+@pytest.mark.long
 def test_a_killed_extraction_goes_on_with_its_shards(
     corpus: Path, source: Source, reference: Path, tmp_path: Path
 ) -> None:
@@ -447,6 +449,7 @@ def test_documents_of_a_split_can_be_read_again(reference: Path, corpus: Path) -
 # -- the stage -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.train
 def test_the_stage_of_a_run(corpus: Path, tmp_path: Path) -> None:
     recipe = mixed_recipe(corpus, labels=LabelSpec("endings"))
     told: list[dict[str, Any]] = []

@@ -141,7 +141,7 @@ def test_a_rehearsal_changes_only_what_it_may_and_says_each(name: str) -> None:
         assert any(key == told or key.startswith(f"{told}.") for told in top), key
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.train
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_rehearses_to_the_end(name: str, tmp_path: Path) -> None:
@@ -198,6 +198,28 @@ def test_a_stand_in_is_of_the_same_architecture(name: str, tmp_path: Path) -> No
     assert (config.num_key_value_heads < config.num_attention_heads) == grouped
     kinds = set(getattr(real, "layer_types", None) or [])
     assert set(getattr(config, "layer_types", None) or []) <= kinds
+
+
+@pytest.mark.parametrize(
+    ("settings", "fault"),
+    [
+        (["lora=null", "base.quantization=nf4"], "it needs a lora section"),
+        (["base.quantization=nf4", "rl.rollouts.engine=vllm"], "vllm cannot take over packed weights"),
+        (["base.quantization=nf4", "hardware.placement.av=sharded"], "packed weights cannot be sharded"),
+        (["hardware.placement.optimizers=cpu"], "needs a sharded av or ar"),
+        (["rl.lora={r: 4}"], "trained in the rl stage already"),
+        (["data.corpus=tiny-world"], "not both"),
+        (["data.mix=[]"], "not both"),
+        (["data.max_tokens=50"], "more than min_position"),
+        (["data.mix=[{data: a.txt, column: text, messages: chat}]"], "a text or a conversation"),
+        (["rl.rollouts.tensor_parallel=2"], "only engine: vllm can do"),
+        (["hardware.gpus=0"], "expected 1 or more"),
+    ],
+)
+def test_sections_that_contradict_each_other_are_refused(settings: list[str], fault: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("qwen2.5-7b-lora", settings)
+    assert fault in str(caught.value)
 
 
 def test_the_mapping_of_a_recipe_makes_the_recipe_again() -> None:

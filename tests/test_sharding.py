@@ -21,7 +21,7 @@ from nla_hub.training.sharding import Execution, clip_grad_norm, full_weights
 
 pytest.importorskip("trl", reason="needs the train extra")
 
-pytestmark = pytest.mark.train
+pytestmark = [pytest.mark.train, pytest.mark.long, pytest.mark.timeout(600)]
 
 SCRIPT = str(Path(__file__).parent / "sharded_world.py")
 Found = dict[str, Any]

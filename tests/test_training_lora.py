@@ -517,6 +517,7 @@ def test_the_exported_pair_says_what_the_factors_say(finished: tuple[Path, Recip
     close(nla.ar.reconstruct(texts), whole.ar.reconstruct(texts))
 
 
+@pytest.mark.long
 def test_a_run_that_was_killed_twice_ends_the_same(
     finished: tuple[Path, Recipe, Silent], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -87,7 +87,7 @@ def launch(arguments: list[str], world: int) -> list[tuple[int, str, str]]:
         for env in environments(world)
     ]
     try:
-        outputs = [process.communicate(timeout=240) for process in started]
+        outputs = [process.communicate(timeout=500) for process in started]
     finally:
         for process in started:
             process.kill()

@@ -203,10 +203,6 @@ def setting_faults(recipe: Recipe, sizes: Sizes) -> Iterator[str]:
     """Settings that contradict the declared hardware, whatever it has of memory."""
     hardware, rl = recipe.hardware, recipe.rl
     gpu = gpu_named(hardware.gpu)
-    if recipe.base.quantization is not None and hardware.world > 1:
-        for name in ("av", "ar"):
-            if getattr(hardware.placement, name) == "sharded":
-                yield f"hardware.placement.{name}: packed weights (base.quantization) cannot be sharded"
     if rl is None:
         return
     if fault := rl.sharing_fault(hardware.world):
