@@ -110,7 +110,7 @@ def _save_state(directory: Path, state: dict[str, Tensor], dtype: torch.dtype, n
         raise RunError(
             f"The weights cannot be written: {cause}",
             where=directory / name,
-            next_step="check the space left on the disk",
+            next_step="make room, then run the same command again",
         ) from cause
     _as_ordinary(*directory.glob(f"{name.removesuffix('.safetensors')}*.safetensors"))
 

@@ -123,9 +123,9 @@ def _run(
             "rehearsal: what it makes is worth nothing, and warnings about its explanations are to be expected"
         )
     from nla_hub.training import resolve
-    from nla_hub.training.checks import check_recipe, check_reporters
+    from nla_hub.training.checks import check_labeler, check_recipe, check_reporters
     from nla_hub.training.pipeline import Pipeline
-    from nla_hub.training.run import RunDirectory
+    from nla_hub.training.run import RunDirectory, StageDirectory
     from nla_hub.training.stages import STAGES, require_stages, stages_of
 
     given, resolved = resolved, processes.on_main(lambda: resolve.resolved(resolved))
@@ -138,6 +138,9 @@ def _run(
     stages = tuple(stage or stages_of(resolved))
     require_stages(resolved, stages)
     place = out or default_directory(resolved, rehearse)
+    if "data" in stages and not StageDirectory(place / "data").is_done:
+        processes.on_main(lambda: resolve.check_marker(resolved))
+        processes.on_main(lambda: check_labeler(resolved))
     run = RunDirectory(place, resolved, rehearsal=rehearse, processes=processes)
     output.message(f"run directory: {run.path}")
     listener = TrainView(as_json, stages)

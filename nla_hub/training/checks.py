@@ -11,6 +11,7 @@ from nla_hub import registry
 from nla_hub.errors import InputError, MissingExtraError, RecipeError
 from nla_hub.evaluation import get_protocol
 from nla_hub.training.data import make_labeler, open_corpus
+from nla_hub.training.planning.gpus import gpu_named
 from nla_hub.training.recipe import Recipe, RLSpec
 
 if TYPE_CHECKING:
@@ -44,9 +45,10 @@ def check_recipe(recipe: Recipe, *, world: int = 1, runs_here: bool = True) -> N
     A plan is made on any machine (`runs_here` False): what the recipe needs installed is not asked for then.
 
     Raises:
-        UnknownNameError: corpus, labeler or protocol. MissingExtraError: a package that the rl stage needs.
+        UnknownNameError: GPU, corpus, labeler or protocol. MissingExtraError: a package that the rl stage needs.
         RecipeError: a source that cannot be trained, a layer it lacks, sizes that do not fit together.
     """
+    gpu_named(recipe.hardware.gpu)
     open_corpus(recipe.data)
     make_labeler(recipe.labels)
     get_protocol(recipe.eval.protocol)
@@ -58,8 +60,18 @@ def check_recipe(recipe: Recipe, *, world: int = 1, runs_here: bool = True) -> N
             raise RecipeError("The source has no such layer.", got=f"layer {recipe.layer}", expected=f"below {layers}")
     if runs_here:
         require_packages(recipe)
-    if recipe.rl is not None and (faults := list(_rl_faults(recipe, recipe.rl, world))):
-        raise RecipeError("The rl stage cannot run like this.", faults=faults)
+    if faults := [*_shares(recipe, world), *([] if recipe.rl is None else _rl_faults(recipe, recipe.rl, world))]:
+        raise RecipeError("The training stages cannot run like this.", faults=faults)
+
+
+def check_labeler(recipe: Recipe) -> None:
+    """Ask the labeler of a recipe whether it could begin here: vectors take hours, and come before the first label.
+
+    Raises:
+        InputError: the key of an API is missing. MissingExtraError: its package is. What a third party's `check` raises.
+    """
+    if (check := getattr(make_labeler(recipe.labels), "check", None)) is not None:
+        check()
 
 
 def require_packages(recipe: Recipe) -> None:
@@ -76,6 +88,13 @@ def require_packages(recipe: Recipe) -> None:
     for package, extra, purpose in needed:
         if find_spec(package) is None:
             raise MissingExtraError(package, extra, needed_for=purpose)
+
+
+def _shares(recipe: Recipe, world: int) -> Iterator[str]:
+    """Supervised batches that have no row for some process: such a batch is no step at all."""
+    for name, spec in (("ar", recipe.ar), ("av", recipe.av)):
+        if spec.batch_size < world:
+            yield f"{name}.batch_size: {spec.batch_size} rows cannot be shared by {world} processes"
 
 
 def _rl_faults(recipe: Recipe, rl: RLSpec, world: int) -> Iterator[str]:

@@ -9,11 +9,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nla_hub.errors import RecipeError
 from nla_hub.evaluation import EvalResult
 from nla_hub.geometry import norms, unit
-from nla_hub.prompts import render_av_prompt
-from nla_hub.sidecar import EXPLANATION_PLACEHOLDER, Injection, MarkerTokens, ReferenceRecord, Score, Sidecar
+from nla_hub.sidecar import EXPLANATION_PLACEHOLDER, Injection, ReferenceRecord, Score, Sidecar
+from nla_hub.training.marker import require_marker
 from nla_hub.training.recipe import InjectionSpec, Recipe
 
 REFERENCE_NAME = "fve_reference.safetensors"
@@ -28,31 +27,19 @@ def make_sidecars(
     Raises:
         RecipeError: a marker that is not one token, or does not stand in the AV prompt once.
     """
-    marker = recipe.marker
-    alone = tokenizer(marker, add_special_tokens=False)["input_ids"]
-    if len(alone) != 1:
-        raise RecipeError(
-            "The marker must be one token of this tokenizer.",
-            got=f"{marker!r} is {len(alone)} tokens",
-            next_step="choose a single rare character that is one token (nla-hub recipes show tiny has an example)",
-        )
-    unchecked = Sidecar(
+    av = Sidecar(
         role="av",
         d_model=int(vectors.shape[1]),
         site=recipe.site,
-        marker=MarkerTokens(marker, alone[0], -1, -1),
+        marker=require_marker(tokenizer, recipe.marker, recipe.prompts.av),
         av_template=recipe.prompts.av,
         ar_template=recipe.prompts.ar,
         ar_suffix_ids=suffix_ids(tokenizer, recipe.prompts.ar),
         injection=Injection(recipe.injection.kind, injection_scale(recipe.injection, vectors)),
         base_model=base_name,
         source_revision=revision,
+        stage="av_sft",
     )
-    ids = tokenizer(render_av_prompt(tokenizer, unchecked), add_special_tokens=False)["input_ids"]
-    if ids.count(alone[0]) != 1:
-        raise RecipeError("The AV prompt must hold the marker once.", got=f"{ids.count(alone[0])} times")
-    at = ids.index(alone[0])
-    av = unchecked.with_(marker=MarkerTokens(marker, alone[0], ids[at - 1], ids[at + 1]), stage="av_sft")
     return av, av.with_(role="ar", stage="ar_sft", final_norm_stripped=True)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from contextlib import AbstractContextManager, ExitStack
+from functools import cache
+from typing import Any, TypeVar, cast
 
 from nla_hub.errors import NLAError, RunError
 from nla_hub.loading import Source
 from nla_hub.training.extraction import Extraction, Report
-from nla_hub.training.labelers import Labeler
+from nla_hub.training.labelers import DividedLabeler, Labeler
 from nla_hub.training.processes import Processes
 from nla_hub.training.recipe import Recipe
 from nla_hub.training.run import StageDirectory
@@ -35,7 +36,8 @@ def prepare_rows(
     Args:
         source: loads the trunk of the source; called where vectors are made: in every process, or in the main one alone
             where `placement.source` is "spread".
-        labeler: opens the labeler; called in the main process when all vectors are there.
+        labeler: opens the labeler; called when all vectors are there, in the main process, and in the others where they
+            have a share of the labels: the labeler divides them, and `placement.source` is not "spread".
         meta: a split -> what its sidecar says.
         report: is told figures, in the main process.
 
@@ -48,19 +50,49 @@ def prepare_rows(
     work = Extraction(recipe, stage.state, stage.checkpoint)
     evaluation = processes.on_main(work.begin)
     told = report if processes.is_main else None
-    if recipe.hardware.placement.source == "spread":
+    spread = recipe.hardware.placement.source == "spread"
+    if spread:
         processes.on_main(lambda: work.extract(source, report=told))
     else:
         in_each(
             processes,
             lambda: work.extract(source, rank=processes.rank, world=processes.world, report=told),
         )
-    return processes.on_main(lambda: _finish(work, labeler, meta, report, evaluation))
+    with ExitStack() as stack:
+        opened = cache(lambda: stack.enter_context(labeler()))
+        if processes.on_main(lambda: bool(getattr(opened(), "divided", False))):
+            if spread:
+                processes.on_main(lambda: _answer(work, Processes(), opened))
+            else:
+                _answer(work, processes, opened)
+
+        def finish() -> dict[str, Any]:
+            with stack.pop_all():
+                return _finish(work, opened(), meta, report, evaluation)
+
+        return processes.on_main(finish)
+
+
+def _answer(work: Extraction, processes: Processes, opened: Callable[[], Labeler]) -> None:
+    """Have everything answered that the labels need, by all of the processes together."""
+    rank, world = processes.rank, processes.world
+
+    def labeler() -> DividedLabeler:
+        return cast("DividedLabeler", opened())
+
+    def answer(attempt: int) -> None:
+        plan = processes.on_main(lambda: labeler().plan(work.label_requests(), attempt))
+        if plan:
+            in_each(processes, lambda: work.answer(labeler(), plan[rank::world], attempt, rank=rank, world=world))
+            processes.on_main(lambda: labeler().take_over())
+
+    for attempt in range(processes.on_main(lambda: labeler().attempts)):
+        answer(attempt)
 
 
 def _finish(
     work: Extraction,
-    labeler: Callable[[], AbstractContextManager[Labeler]],
+    labeler: Labeler,
     meta: Callable[[str], dict[str, Any]],
     report: Report,
     evaluation: int,
@@ -68,16 +100,15 @@ def _finish(
     """Label and merge; the stage's summary."""
     rows: dict[str, int] = {}
     summary: dict[str, Any] = {"rows": rows}
-    with labeler() as opened:
-        for split in data_splits(work.recipe):
-            counts = work.merge(split, None if split in UNLABELLED else opened, meta(split))
-            rows[split] = counts["rows"]
-            report({"split": split, **{name: n for name, n in counts.items() if n}})
-            for name in ("refused", "short", "without_label", "halvings"):
-                if counts[name]:
-                    summary[name] = summary.get(name, 0) + counts[name]
-        if (figures := getattr(opened, "figures", None)) is not None:
-            summary["labels"] = figures()
+    for split in data_splits(work.recipe):
+        counts = work.merge(split, None if split in UNLABELLED else labeler, meta(split))
+        rows[split] = counts["rows"]
+        report({"split": split, **{name: n for name, n in counts.items() if n}})
+        for name in ("refused", "short", "without_label", "halvings"):
+            if counts[name]:
+                summary[name] = summary.get(name, 0) + counts[name]
+    if (figures := getattr(labeler, "figures", None)) is not None:
+        summary["labels"] = figures()
     if evaluation:
         summary["evaluation_documents"] = evaluation
     for name in ("bad", "repeated"):

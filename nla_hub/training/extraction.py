@@ -2,7 +2,8 @@
 
 Documents are cut into blocks that depend on the corpus alone, and nothing of one block meets another: a forward pass never
 spans two of them. A block is done when its shard is there, so any number of processes make the same shards, and a run that
-was killed goes on with those it has. Labels are asked for when all vectors are there.
+was killed goes on with those it has. Labels are asked for when all vectors are there, in all processes where the labeler
+divides them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
@@ -44,10 +45,12 @@ from nla_hub.training.data import (
     writing,
 )
 from nla_hub.training.gathering import INDEX_NAME, Gathered, gather, kept_documents, parsed
-from nla_hub.training.labelers import Labeler, LabelRequest
+from nla_hub.training.labelers import Block as LabelBlock
+from nla_hub.training.labelers import DividedLabeler, Labeler, LabelRequest
 from nla_hub.training.recipe import Recipe
 from nla_hub.training.splits import (
     EVALUATION_NAME,
+    UNLABELLED,
     data_splits,
     evaluation_documents,
     require_dev_held_out,
@@ -151,7 +154,7 @@ class Extraction:
             TextError, VectorError: see `data.capture_rows`.
         """
         refused: Counter[str] = Counter()
-        try:
+        with self._stopping_others():
             for turn, block in enumerate(self.blocks()):
                 if self._stop.is_file():
                     return
@@ -162,6 +165,12 @@ class Extraction:
                     if report is not None and self.mixture is not None:
                         n = self.gathered.documents[block.split]
                         report({"extracting": block.split, "documents": min((block.number + 1) * BLOCK, n), "of": n})
+
+    @contextmanager
+    def _stopping_others(self) -> Iterator[None]:
+        """Where this process fails, the others end early."""
+        try:
+            yield
         except Exception:
             with suppress(OSError):  # a full disk: the others find out when all have come to their end
                 self._stop.parent.mkdir(parents=True, exist_ok=True)
@@ -193,6 +202,36 @@ class Extraction:
         write_tables(self._shard(block.split, block.number), table.schema, [table])
         return found.refused
 
+    # -- labels ----------------------------------------------------------------------------------------------
+
+    def label_requests(self) -> Iterator[LabelRequest]:
+        """What is asked of a labeler for the rows of all splits that have labels, in a fixed order.
+
+        Raises:
+            RunError: a shard is missing.
+        """
+        for split in data_splits(self.recipe):
+            if split in UNLABELLED:
+                continue
+            for path in self._shards_of(split):
+                asked = pq.read_table(path, columns=[DOCUMENT, PREFIX])
+                yield from self._requests(split, asked.column(DOCUMENT).to_pylist(), asked.column(PREFIX).to_pylist())
+
+    def answer(
+        self, labeler: DividedLabeler, share: Sequence[LabelBlock], attempt: int, *, rank: int = 0, world: int = 1
+    ) -> None:
+        """Have some blocks of a labeler's plan answered. Ends early where another process has failed.
+
+        Raises:
+            What the labeler raises.
+        """
+        with self._stopping_others():
+            stored = labeler.answer_share(share, self.label_requests(), attempt, rank=rank, world=world)
+            with closing(stored):  # type: ignore[type-var]
+                for _ in stored:
+                    if self._stop.is_file():
+                        return
+
     # -- rows ------------------------------------------------------------------------------------------------
 
     def merge(self, split: str, labeler: Labeler | None, meta: dict[str, Any]) -> dict[str, int]:
@@ -202,8 +241,7 @@ class Extraction:
             RunError: a shard is missing. InputError: too many documents could not be encoded.
             TrainingError: no row is left.
         """
-        n = self.gathered.documents[split]
-        shards = [self._shard(split, i) for i in range(1 if self.mixture is None else ceil(n / BLOCK))]
+        n, shards = self.gathered.documents[split], self._shards_of(split)
         counts = self._facts(split, n, shards)
         asked = pa.concat_tables([pq.read_table(path, columns=[DOCUMENT, PREFIX]) for path in shards])
         kept, texts = label_rows(
@@ -224,8 +262,10 @@ class Extraction:
         counts |= {"rows": len(kept), "without_label": len(asked) - len(kept)}
         return counts
 
-    def _facts(self, split: str, n: int, shards: Sequence[Path]) -> dict[str, int]:
-        """What was counted in the shards of a split of `n` documents."""
+    def _shards_of(self, split: str) -> list[Path]:
+        """The shards of a split, in order; a RunError where one is missing."""
+        n = 1 if self.mixture is None else ceil(self.gathered.documents[split] / BLOCK)
+        shards = [self._shard(split, i) for i in range(n)]
         if missing := [path.name for path in shards if not path.is_file()]:
             raise RunError(
                 f"{len(missing)} blocks of vectors are not there.",
@@ -234,6 +274,10 @@ class Extraction:
                 expected="what every process wrote",
                 next_step="let all machines see the same run directory",
             )
+        return shards
+
+    def _facts(self, split: str, n: int, shards: Sequence[Path]) -> dict[str, int]:
+        """What was counted in the shards of a split of `n` documents."""
         facts = [json.loads(pq.read_schema(path).metadata[FACTS]) for path in shards]
         refused = [reason for fact in facts for reason in fact["refused"]]
         self._require_readable(split, len(refused), refused)

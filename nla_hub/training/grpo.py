@@ -316,13 +316,16 @@ class RLTrainer(PolicyKept):
         value = self._worst(float(gap.abs().max() if wide else gap.abs().mean()))
         limit = DISAGREEMENT if wide else DISAGREEMENT_16_BIT
         if not value <= limit:
+            cause = "one of the two lost its vectors or has other weights"
+            if not math.isfinite(value):
+                cause = "the weights are beyond what numbers hold: lower rl.lr in another run, -o PLACE"
             raise TrainingError(
                 "The trainer and the sampler do not see the same policy: their log-probabilities of the sampled tokens "
                 "differ.",
                 where=f"step {self.step.number}",
                 got=f"{'largest' if wide else 'mean'} difference {value:.2e}",
                 expected=f"at most {limit:.0e} in {str(self._dtype).removeprefix('torch.')}",
-                next_step="one of the two lost its vectors or has other weights; nothing was learned from these samples",
+                next_step=f"{cause}; nothing was learned from these samples",
             )
 
     def _worst(self, value: float) -> float:

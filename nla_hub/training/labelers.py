@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,14 +70,49 @@ class Labeler(Protocol):
     It is made with the settings that a recipe sets as keywords, which must cost no network and no heavy import: `recipes
     validate` and `train --plan` make it too. It may have more, and is asked for it only where it does:
 
+    - `check()` before anything is computed: raises where it could not begin, for want of a key or a package;
     - `open(context: LabelContext)` before the first request, `close()` after the last one (see `opened`);
     - `estimate(requests, mean_tokens)`: what so many requests of so many tokens will cost, as an `Estimate` of
       `nla_hub.training.labeling.cost`;
-    - `figures()`: what was asked, dropped and paid, for the summary of the run.
+    - `figures()`: what was asked, dropped and paid, for the summary of the run;
+    - `divided = True` and what `DividedLabeler` says: all processes of the run answer together, before `label` is called.
     """
 
     def label(self, requests: Sequence[LabelRequest]) -> list[str | None]:
         """One label a request; None where there is no usable answer, never a made-up text."""
+        ...
+
+
+Block = list[str]
+"""Keys of snippets that are answered together."""
+
+
+class DividedLabeler(Labeler, Protocol):
+    """One that writes its answers in process, so that every process of a run can write a share of them.
+
+    For each attempt the main process plans, each process answers its share, and the main process takes over what they wrote;
+    afterwards `label` finds every answer stored. `open` and `close` are called in every process that has a share.
+    """
+
+    divided: bool
+
+    @property
+    def attempts(self) -> int:
+        """How often a snippet is asked at most."""
+        ...
+
+    def plan(self, requests: Iterable[LabelRequest], attempt: int) -> list[Block]:
+        """In the main process: what is not answered yet, in blocks that do not depend on the number of processes."""
+        ...
+
+    def answer_share(
+        self, share: Sequence[Block], requests: Iterable[LabelRequest], attempt: int, *, rank: int, world: int
+    ) -> Iterator[None]:
+        """In every process: answer some of the blocks and store them; yields each time something was stored."""
+        ...
+
+    def take_over(self) -> None:
+        """In the main process, after all shares: bring together what every process stored."""
         ...
 
 

@@ -43,7 +43,7 @@ POOL_BATCHES = 40
 """Rows of this many batches are sorted by length together: little padding, order still random."""
 
 NON_FINITE_LIMIT = 10
-"""Consecutive steps with a non-finite loss or gradient after which a run stops."""
+"""Consecutive steps with a non-finite loss or gradient after which a run stops; half of a run of fewer than twice as many."""
 
 STEP_STRIDE = 1_000_003
 """Distance of the random streams of neighbouring seeds, in steps."""
@@ -158,6 +158,7 @@ def run_loop(
     batches = [batch for batch in batches if len(batch) >= world]
     steps = len(batches) if max_steps is None else min(len(batches), max_steps)
     every = checkpoint_every or checkpoint_interval(steps)
+    most_in_a_row = max(1, min(NON_FINITE_LIMIT, steps // 2))
     now = _Progress()
     if state is not None and (found := _restore(state, model, optimizer)) is not None:
         now, ended = found
@@ -166,7 +167,8 @@ def run_loop(
             return now.result()
     wrapped = model
     if not is_sharded(model):
-        wrapped, optimizer = accelerator.prepare(model, optimizer)
+        # The model alone: an optimizer of accelerate's skips its steps where a trainer that was stopped has left its mark.
+        wrapped = accelerator.prepare(model)
     gradients = _Gradients(wrapped, loss_of, execution, accelerator, held)
     begun = time.perf_counter() - now.seconds
     wrapped.train()
@@ -183,7 +185,7 @@ def run_loop(
             now.recent.append(loss)
         else:
             now.skipped, now.in_a_row = now.skipped + 1, now.in_a_row + 1
-            if now.in_a_row >= NON_FINITE_LIMIT:
+            if now.in_a_row >= most_in_a_row:
                 raise TrainingError(
                     f"{now.in_a_row} steps in a row had a non-finite loss or gradient.",
                     where=f"step {step}",

@@ -13,8 +13,9 @@ from typing import Any
 
 from nla_hub.errors import RecipeError, SidecarError
 from nla_hub.prompts import measure_marker
-from nla_hub.sidecar import INJECTION_PLACEHOLDER
+from nla_hub.sidecar import INJECTION_PLACEHOLDER, MarkerTokens
 from nla_hub.source_text import special_tokens
+from nla_hub.training.recipe import AUTO
 
 ENCLOSED_CJK = range(0x3200, 0x3400)
 """Enclosed CJK letters and months, and CJK compatibility."""
@@ -75,6 +76,26 @@ def choose_marker(tokenizer: Any, template: str = BETWEEN_TAGS) -> str:
         next_step="set marker to a character that is one token here; a common one will do as long as the AV's template holds "
         "it once",
     )
+
+
+def require_marker(tokenizer: Any, char: str, template: str) -> MarkerTokens:
+    """The ids of a marker that a recipe names, and of its neighbours.
+
+    Args:
+        template: of the AV, with its placeholder.
+
+    Raises:
+        RecipeError: it is not one token, or does not stand once in the AV's prompt. TextError: no chat template.
+    """
+    try:
+        return measure_marker(tokenizer, char, template)
+    except SidecarError as cause:
+        raise RecipeError(
+            "This marker cannot be used with this tokenizer.",
+            where="marker",
+            faults=[cause.one_line()],
+            next_step=f"set marker to a rare character that is one token here, or to {AUTO}: then one is chosen",
+        ) from cause
 
 
 def _characters(kind: Callable[[str], bool]) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,8 +37,9 @@ from nla_hub.training.data import TrainingRows, make_labeler, read_rows
 from nla_hub.training.data_stage import prepare_rows
 from nla_hub.training.halves import Halves
 from nla_hub.training.labelers import LabelContext, opened
+from nla_hub.training.marker import require_marker
 from nla_hub.training.recipe import Recipe
-from nla_hub.training.run import RunDirectory, StageDirectory, timed
+from nla_hub.training.run import RunDirectory, StageDirectory, timed, writing_run
 from nla_hub.training.splits import EVALUATION_NAME, require_held_out
 from nla_hub.training.stages import IN_ALL_PROCESSES, Listener, require_stages, stages_of
 from nla_hub.training.state import TrainingState
@@ -84,15 +86,20 @@ class Pipeline:
         stages = stages_of(self.recipe) if stages is None else stages
         require_stages(self.recipe, stages)
         check_recipe(self.recipe, world=self.processes.world)
-        ran = False
-        with self.run:
+        with writing_run(self.run.path), self.run:
             try:
-                for name in stages:
-                    ran = self._execute(name) or ran
-            finally:
-                if self.processes.is_main and (ran or not all(self.run.stage(name).is_done for name in stages)):
-                    write_report(self.run.path)
+                ran = [self._execute(name) for name in stages]
+            except BaseException:
+                with suppress(OSError):  # a full disk says so itself
+                    self._report()
+                raise
+            if any(ran):
+                self._report()
         return self.pair_directory
+
+    def _report(self) -> None:
+        if self.processes.is_main:
+            write_report(self.run.path)
 
     def _execute(self, name: str) -> bool:
         """Bring a stage to its end; whether anything was left to do."""
@@ -157,7 +164,7 @@ class Pipeline:
     # -- data ------------------------------------------------------------------------------------------------
 
     def _data(self, directory: StageDirectory) -> dict[str, Any]:
-        self.processes.on_main(self._require_room)
+        self.processes.on_main(self._require_usable)
         try:
             return prepare_rows(
                 self.recipe,
@@ -179,8 +186,12 @@ class Pipeline:
             report=self._reporter(directory),
         )
 
-    def _require_room(self) -> None:
-        """Raise a RecipeError where the AV cannot write answers as long as the rl stage asks for."""
+    def _require_usable(self) -> None:
+        """Raise a RecipeError for what later stages would stumble over once all vectors are there.
+
+        A marker that this tokenizer cannot use, and answers longer than the AV can write.
+        """
+        require_marker(self.base.tokenizer, self.recipe.marker, self.recipe.prompts.av)
         limit = self.base.context
         if self.recipe.rl is not None and limit is not None and self.recipe.rl.max_new_tokens >= limit:
             raise RecipeError(

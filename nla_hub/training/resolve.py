@@ -11,7 +11,7 @@ from nla_hub.errors import RecipeError
 from nla_hub.hub import HubOptions
 from nla_hub.locate import zoo_ref
 from nla_hub.pretrained import load_config, load_tokenizer
-from nla_hub.training.marker import choose_marker
+from nla_hub.training.marker import choose_marker, require_marker
 from nla_hub.training.recipe import AUTO, TWO_THIRDS, Recipe
 
 DERIVED = frozenset({"architectures", "torch_dtype", "dtype", "transformers_version"})
@@ -45,6 +45,15 @@ def resolved(recipe: Recipe) -> Recipe:
     if recipe.marker == AUTO:
         changes["marker"] = choose_marker(load_tokenizer(directory), recipe.prompts.av)
     return dataclasses.replace(recipe, **changes)
+
+
+def check_marker(recipe: Recipe) -> None:
+    """Raise a RecipeError for a marker that the tokenizer of the base cannot use; config and tokenizer are downloaded.
+
+    Of a base that the run makes itself nothing is known yet: the data stage asks before it captures anything.
+    """
+    if recipe.base.train is None and recipe.base.stand_in is None:
+        require_marker(load_tokenizer(base_files(recipe)), recipe.marker, recipe.prompts.av)
 
 
 def base_files(recipe: Recipe) -> Path:

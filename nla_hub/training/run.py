@@ -6,22 +6,31 @@ the same place is refused with the differences. Of several processes the main on
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nla_hub import yaml_io
-from nla_hub.errors import RunError
+from nla_hub.errors import NLAError, RunError
 from nla_hub.locks import Lock
 from nla_hub.schema import differences
 from nla_hub.training.processes import Processes
 from nla_hub.training.recipe import Recipe
 
 CONFIG, METRICS, DONE, LOCK, STATE = "config.yaml", "metrics.jsonl", "DONE", ".lock", "state"
+
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
+"""What a disk says that takes nothing more."""
+
+GO_ON = "make room, then run the same command again: it goes on where it stopped"
 
 
 @dataclass(frozen=True)
@@ -135,7 +144,11 @@ class RunDirectory:
             if not config.is_file():
                 yaml_io.write_text(config, yaml_io.dumps(wanted))
         except OSError as cause:
-            raise RunError(f"The run directory cannot be written: {cause.strerror}", where=path) from cause
+            raise RunError(
+                f"The run directory cannot be written: {cause.strerror}.",
+                where=path,
+                next_step="make room, or name another place with -o",
+            ) from cause
 
     def stage(self, name: str) -> StageDirectory:
         """The folder of a stage."""
@@ -152,6 +165,33 @@ class RunDirectory:
 
     def _take_lock(self) -> None:
         self._lock = Lock(self.path / LOCK)
+
+
+@contextmanager
+def writing_run(place: Path) -> Iterator[None]:
+    """Raise a RunError in place of whatever the libraries of a stage make of a full disk; all else passes."""
+    try:
+        yield
+    except NLAError:
+        raise
+    except Exception as cause:
+        if (reason := no_room(cause)) is None:
+            raise
+        raise RunError(f"The run cannot be written: {reason}.", where=place, next_step=GO_ON) from cause
+
+
+def no_room(error: BaseException | None) -> str | None:
+    """What the disk said where an error comes of a full one, else None.
+
+    torch.save ends in a RuntimeError in whose context the OSError stands; libraries written in Rust quote its number.
+    """
+    while error is not None:
+        quoted = re.search(r"\(os error (\d+)\)", str(error))
+        number = error.errno if isinstance(error, OSError) else int(quoted.group(1)) if quoted else None
+        if number in NO_ROOM:
+            return os.strerror(number)
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _stays(line: str, step: int, model: str | None) -> bool:

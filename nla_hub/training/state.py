@@ -57,11 +57,15 @@ class TrainingState:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(path.name + UNFINISHED)
-        with unfinished.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
+        try:
+            with unfinished.open("wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(path)
+        except Exception:
+            unfinished.unlink(missing_ok=True)  # on a full disk it would be in the way of everything else
+            raise
         for older in self._steps():
             if older != step:
                 self._path(older).unlink()

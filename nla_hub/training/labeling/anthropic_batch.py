@@ -88,6 +88,10 @@ class AnthropicLabeler(PromptedLabeler[AnthropicSettings]):
         """As the user gave them."""
         return self.settings.prices
 
+    def check(self) -> None:
+        """An InputError where its key is missing, a MissingExtraError where its package is."""
+        _client(self.settings, Key.find(self.settings, own=OWN_URL, usual=USUAL_KEY))[1].close()
+
     def answer(self, missing: Missing, cache: LabelCache, tally: Tally) -> None:
         """Bring all of them into batches, and the batches to their end."""
         _Run(self, missing, cache, tally).run()

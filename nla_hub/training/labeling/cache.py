@@ -3,6 +3,9 @@
 An answer is on disk before it is counted. Several processes may use one file: what is written shows in all of them, and only
 one of them asks an API at a time (`alone`), so that none pays for what another is being answered. Batches that an API works on
 by itself are written down before they are sent.
+
+Processes on one machine, that is: what SQLite shares between them (its WAL) must not lie on a file system between machines.
+Where several machines answer, each process has a file of its own, and one of them takes over the others' (`take_over`).
 """
 
 from __future__ import annotations
@@ -98,18 +101,21 @@ def key_of(asker: Mapping[str, Any], snippet: str, attempt: int) -> str:
 class LabelCache:
     """The answers in a directory; usable from many threads.
 
+    Args:
+        own: this process alone uses the file; no WAL is written, so it may lie on a file system between machines.
+
     Raises (everything in it):
         RunError: it cannot be read or written. What was stored stays.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, own: bool = False) -> None:
         self.path = directory / FILE
         self._lock = threading.Lock()
         with self._explained():
             directory.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(self.path, timeout=PATIENCE, check_same_thread=False, isolation_level=None)
             try:
-                self._db.execute("pragma journal_mode=wal")
+                self._db.execute(f"pragma journal_mode={'truncate' if own else 'wal'}")
                 self._db.execute("pragma synchronous=full")
                 self._db.executescript(SCHEMA)
             except BaseException:
@@ -174,6 +180,18 @@ class LabelCache:
         ]
         with self._written() as db:
             db.executemany("insert or ignore into answer values (?, ?, ?, ?, ?, ?, ?)", rows)
+
+    def take_over(self, directory: Path) -> None:
+        """Store the answers of another directory that nobody writes to any more, and remove it."""
+        with self._explained(directory / FILE):
+            LabelCache(directory, own=True).close()  # its writer may have been killed before there was anything in it
+            with self._lock:
+                self._db.execute("attach database ? as other", [str(directory / FILE)])
+                try:
+                    self._db.execute("insert or ignore into main.answer select * from other.answer")
+                finally:
+                    self._db.execute("detach database other")
+            shutil.rmtree(directory)
 
     def spent(self, asker: str) -> Usage:
         """What all answers of an asker came to."""
@@ -256,15 +274,15 @@ class LabelCache:
                 raise
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Say what to do where the file cannot be used."""
+    def _explained(self, path: Path | None = None) -> Iterator[None]:
+        """Say what to do where the file (None: this one) cannot be used."""
         try:
             yield
         except (OSError, sqlite3.Error) as cause:
             damaged = isinstance(cause, sqlite3.DatabaseError) and not isinstance(cause, sqlite3.OperationalError)
             raise RunError(
                 f"The labels cannot be stored: {cause}." if not damaged else f"The stored labels are damaged: {cause}.",
-                where=self.path,
+                where=path or self.path,
                 next_step="it holds answers that were paid: save what `sqlite3 FILE .recover` finds, then move it away"
                 if damaged
                 else GO_ON,

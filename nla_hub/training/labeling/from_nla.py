@@ -6,7 +6,7 @@ whatever model the pair was made for. Where that is the base model and layer of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,15 +14,16 @@ from nla_hub.log import logger
 from nla_hub.sampling import document_hash
 from nla_hub.source_text import Encoded, context_length, encode_source
 from nla_hub.training.labelers import CorpusDocument, LabelRequest
-from nla_hub.training.labeling.cache import Answer, LabelCache
+from nla_hub.training.labeling.cache import Answer
+from nla_hub.training.labeling.in_process import InProcessLabeler
 from nla_hub.training.labeling.prompt import NOT_READ, AnswerSettings
-from nla_hub.training.labeling.run import CachedLabeler, Missing, Tally
+from nla_hub.training.labeling.run import Missing
 
 if TYPE_CHECKING:
     from nla_hub.nla import NLA
 
 BLOCK = 256
-"""Rows after which answers are stored."""
+"""Rows that are read together, after which answers are stored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +60,15 @@ class NLASettings(AnswerSettings):
             yield "attempts: a pair explains a vector once"
 
 
-class NLALabeler(CachedLabeler[NLASettings]):
+class NLALabeler(InProcessLabeler[NLASettings]):
     """Explains each token with a pair, which is loaded where an answer is missing."""
 
     name: ClassVar[str] = "nla"
     kind: ClassVar[type[Any]] = NLASettings
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._nla: NLA | None = None
 
     def identity(self) -> dict[str, Any]:
         """The pair and how it is sampled."""
@@ -77,22 +82,24 @@ class NLALabeler(CachedLabeler[NLASettings]):
         """The document and the end of the token; what stands behind it is not read, but may change the rendering."""
         return f"{document_hash(request.document.content)} {request.char_end}"
 
-    def answer(self, missing: Missing, cache: LabelCache, tally: Tally) -> None:
-        """Explain all of them, some rows at a time."""
-        with cache.alone(lambda: self.report({"labels": "another process is explaining; waiting for it"})):
-            known = cache.known(missing)
-            keys = [key for key in missing if key not in known]
-            if not keys:
-                return
-            self.announce({key: missing[key] for key in keys})
-            with self._pair() as nla:
-                for begin in range(0, len(keys), BLOCK):
-                    block = {key: missing[key] for key in keys[begin : begin + BLOCK]}
-                    answers = explain(nla, block, self.settings)
-                    cache.put(self.asker_id(), answers)
-                    for answer in answers.values():
-                        tally.take(answer)
-                    self.report({"labels": tally.done, "of": tally.most})
+    @property
+    def block(self) -> int:
+        """Rows of neighbouring documents."""
+        return BLOCK
+
+    def write(self, blocks: Sequence[Missing]) -> Iterator[dict[str, Answer]]:
+        """Explain one block after the other; the pair is loaded for the first of them."""
+        if self._nla is None:
+            self._nla = self._pair()
+        for block in blocks:
+            yield explain(self._nla, block, self.settings)
+
+    def close(self) -> None:
+        """Free the pair."""
+        super().close()
+        if self._nla is not None:
+            self._nla.close()
+            self._nla = None
 
     def _pair(self) -> NLA:
         from nla_hub.nla import NLA

@@ -1,11 +1,12 @@
 """The labeler `source`: the base model describes its own reading, in this process, without an account or a price.
 
-A small model describes worse than a large one and breaks the rules more often; what it costs is time. The complete model is
-loaded only where an answer is missing, and freed when the labels are there.
+A small model describes worse than a large one and breaks the rules more often; what it costs is time, which all processes
+of a run share. The complete model is loaded only where an answer is missing, and freed when the labels are there.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -15,14 +16,19 @@ from nla_hub.batching import by_length, check_batch_size, pad_id_of, run_batches
 from nla_hub.errors import InputError
 from nla_hub.sampling import RowKey, choose, uniforms
 from nla_hub.source_text import context_length, render_messages, special_tokens
-from nla_hub.training.labeling.cache import Answer, LabelCache
+from nla_hub.training.labeling.cache import Answer
+from nla_hub.training.labeling.in_process import InProcessLabeler
 from nla_hub.training.labeling.prompt import PromptSettings
-from nla_hub.training.labeling.run import Missing, PromptedLabeler, Tally
+from nla_hub.training.labeling.run import Missing, PromptedLabeler
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from nla_hub.loading import Source
+
+PROMPT_TOKENS = 64 * 1024
+"""Tokens of the prompts that run together, padding included: 64 of 1,024. A pass that writes a token reads every weight once,
+for however many prompts, so they are bounded by memory alone, and halved where it does not suffice. Untuned."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +43,7 @@ class SourceSettings(PromptSettings):
 
     temperature: float = 0.0
     seed: int = 0
-    batch_size: int = 16
+    batch_size: int = 64
 
     def faults(self) -> Iterator[str]:
         """Numbers out of range."""
@@ -48,11 +54,16 @@ class SourceSettings(PromptSettings):
             yield f"batch_size: got {self.batch_size}, expected 1 or more"
 
 
-class SourceLabeler(PromptedLabeler[SourceSettings]):
+class SourceLabeler(InProcessLabeler[SourceSettings], PromptedLabeler[SourceSettings]):
     """Prompts the base model of the run through its chat template."""
 
     name: ClassVar[str] = "source"
     kind: ClassVar[type[Any]] = SourceSettings
+    by_size: ClassVar[bool] = True
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._source: Source | None = None
 
     def identity(self) -> dict[str, Any]:
         """The base model and how it is sampled."""
@@ -64,44 +75,61 @@ class SourceLabeler(PromptedLabeler[SourceSettings]):
             sampling["seed"] = self.settings.seed
         return {"model": self._context.base if self._context else "", "sampling": sampling}
 
-    def answer(self, missing: Missing, cache: LabelCache, tally: Tally) -> None:
-        """Load the model and write all of them, batch by batch."""
-        if self._context is None or self._context.source is None:
-            raise InputError(
-                "There is no base model to ask.",
-                where="labeler source",
-                next_step="call open(LabelContext(directory, base=..., source=...)) first",
-            )
-        with cache.alone(lambda: self.report({"labels": "another process is writing; waiting for it"})):
-            known = cache.known(missing)
-            keys = [key for key in missing if key not in known]
-            if not keys:
-                return
-            self.announce({key: missing[key] for key in keys})
-            prompts = [self.settings.prompt(missing[key]) for key in keys]
-            try:
-                for answers in write(self._context.source(), prompts, keys, self.settings):
-                    cache.put(self.asker_id(), answers)
-                    for answer in answers.values():
-                        tally.take(answer)
-                    self.report({"labels": tally.done, "of": tally.most})
-            finally:
-                free_memory()
+    @property
+    def block(self) -> int:
+        """What runs together."""
+        return self.settings.batch_size
+
+    def write(self, blocks: Sequence[Missing]) -> Iterator[dict[str, Answer]]:
+        """What the base model answers; it is loaded for the first of them."""
+        keys = [key for block in blocks for key in block]
+        prompts = [self.settings.prompt(request) for block in blocks for request in block.values()]
+        numbers = iter(range(len(keys)))
+        yield from write(self._loaded(), prompts, keys, self.settings, [[next(numbers) for _ in b] for b in blocks])
+
+    def close(self) -> None:
+        """Free the model."""
+        super().close()
+        if self._source is not None:
+            self._source = None
+            free_memory()
+
+    def _loaded(self) -> Source:
+        if self._source is None:
+            if self._context is None or self._context.source is None:
+                raise InputError(
+                    "There is no base model to ask.",
+                    where="labeler source",
+                    next_step="call open(LabelContext(directory, base=..., source=...)) first",
+                )
+            self._source = self._context.source()
+        return self._source
 
 
 def write(
-    source: Source, prompts: Sequence[str], keys: Sequence[str], settings: SourceSettings
+    source: Source,
+    prompts: Sequence[str],
+    keys: Sequence[str],
+    settings: SourceSettings,
+    blocks: Sequence[Sequence[int]] | None = None,
 ) -> Iterator[dict[str, Answer]]:
     """What a model answers to prompts, in batches of like length; each answer under its key.
+
+    Args:
+        blocks: indices of prompts of which none runs together with one of another block; None: all may.
 
     Raises:
         TextError: no chat template. InputError: a prompt that leaves no room for an answer.
     """
     check_batch_size(settings.batch_size)
-    ids = [_encoded(source, prompt, settings) for prompt in prompts]
+    ids = [array("i", _encoded(source, prompt, settings)) for prompt in prompts]
+    batches = [
+        [block[i] for i in batch]
+        for block in (blocks if blocks is not None else [range(len(ids))])
+        for batch in by_length([len(ids[i]) for i in block], settings.batch_size, PROMPT_TOKENS)
+    ]
     for batch, answers in run_batches(
-        by_length([len(row) for row in ids], settings.batch_size),
-        lambda rows: _batch(source, [ids[i] for i in rows], [keys[i] for i in rows], settings),
+        batches, lambda rows: _batch(source, [ids[i].tolist() for i in rows], [keys[i] for i in rows], settings)
     ):
         yield {keys[i]: answer for i, answer in zip(batch, answers, strict=True)}
 

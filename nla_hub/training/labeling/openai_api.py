@@ -73,6 +73,10 @@ class OpenAILabeler(PromptedLabeler[OpenAISettings]):
     name: ClassVar[str] = "openai"
     kind: ClassVar[type[Any]] = OpenAISettings
 
+    def check(self) -> None:
+        """An InputError where its key is missing, a MissingExtraError where its package is."""
+        _client(self.settings, Key.find(self.settings, own=OWN_URL, usual=USUAL_KEY))[1].close()
+
     def identity(self) -> dict[str, Any]:
         """The model and what is sent with each prompt; not the address, so that a server may move."""
         sampling = self.settings.sampling()

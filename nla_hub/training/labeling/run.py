@@ -210,6 +210,9 @@ class CachedLabeler(ABC, Generic[S]):
     def _directory(self) -> Path:
         if self.settings.cache is not None:
             return expand(self.settings.cache)
+        return self._run_directory()
+
+    def _run_directory(self) -> Path:
         if self._context is None:
             raise InputError(
                 "Nothing says where answers are stored.",
@@ -240,9 +243,13 @@ class CachedLabeler(ABC, Generic[S]):
     def announce(self, missing: Missing) -> Estimate:
         """Say what is about to be asked and what it costs."""
         estimate = self.estimate_of(missing)
-        logger.info("labels: %s", estimate)
-        self.report({"labels_to_ask": len(missing), "label_estimate": str(estimate)})
+        self.announce_estimate(estimate)
         return estimate
+
+    def announce_estimate(self, estimate: Estimate) -> None:
+        """Say what these requests cost, before they are asked."""
+        logger.info("labels: %s", estimate)
+        self.report({"labels_to_ask": estimate.requests, "label_estimate": str(estimate)})
 
 
 class PromptedLabeler(CachedLabeler[P]):

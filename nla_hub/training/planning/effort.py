@@ -158,12 +158,14 @@ def labelled_rows(recipe: Recipe) -> int:
 
 
 def label_seconds(recipe: Recipe, sizes: Sizes, gpu: GPU | None) -> Seconds | None:
-    """Peak seconds of labels that the base model writes, which it does in one process; None where another does."""
+    """Peak seconds of labels that the base model writes, in every process that has it; None where another does."""
     if gpu is None or recipe.labels.labeler != SOURCE_LABELER:
         return None
     block = int(recipe.labels.settings.get("batch_size", LABELS_AT_ONCE))
     values = Products.of(sizes, frozen=False).av
-    sampling = Machine(gpu, 1).sampling(values, labelled_rows(recipe), EXPECTED_OUTPUT_TOKENS, block=block)
+    # Divided over a node's devices block by block, one of them works at a time.
+    writers = 1 if recipe.hardware.placement.source == "spread" else recipe.hardware.world
+    sampling = Machine(gpu, writers).sampling(values, labelled_rows(recipe), EXPECTED_OUTPUT_TOKENS, block=block)
     return Seconds(0.0, sampling)
 
 

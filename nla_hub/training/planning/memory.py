@@ -54,7 +54,7 @@ CAPTURE_TOKENS = 512
 SOURCE_LABELER = "source"
 """The labeler that is the complete base model itself, in the data stage."""
 
-LABELS_AT_ONCE, LABEL_TOKENS = 16, 600
+LABELS_AT_ONCE, LABEL_TOKENS = 64, 600
 """Of that labeler, where its settings do not say: prompts together, and tokens of an answer at most."""
 
 VLLM_EXTRA = 3 * 2**30
