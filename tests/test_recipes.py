@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from nla_hub import resources, schema, yaml_io, zoo
 from nla_hub.adapters import adapter_for
-from nla_hub.cli.app import main
+from nla_hub.cli.app import app
 from nla_hub.errors import RecipeError
 from nla_hub.training import resolve
 from nla_hub.training.launch import launch_command, launch_text
@@ -146,7 +147,8 @@ def test_a_rehearsal_changes_only_what_it_may_and_says_each(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_rehearses_to_the_end(name: str, tmp_path: Path) -> None:
     place = tmp_path / "run"
-    assert main(["train", name, "--rehearse", "-o", str(place)]) == 0
+    result = CliRunner().invoke(app, ["train", name, "--rehearse", "-o", str(place)])
+    assert result.exit_code == 0, result.output[-2000:]
     recipe = rehearsed(load_recipe(name))[0]
     for stage in stages_of(recipe):
         assert (place / stage / "DONE").is_file(), stage
