@@ -150,12 +150,11 @@ class Start:
         import torch
 
         from nla_hub.export import save_ar
-        from nla_hub.training.ar_regression import init_ar
 
-        place, source = self.place / "new-ar", self.make.source
+        place, made = self.place / "new-ar", self.make
         if not place.is_dir():
-            model = init_ar(source.loaded.adapter, source.loaded.model)
-            save_ar(place, model.trunk, model.head, source.tokenizer, self.make.sidecars[1], dtype=torch.float32)
+            model = made.halves.load_ar(made.sidecars[1])
+            save_ar(place, model.trunk, model.head, made.base.tokenizer, made.sidecars[1], dtype=torch.float32)
         return place
 
     def format_av(self) -> Path:
@@ -170,7 +169,7 @@ class Start:
         if not stage.is_done:
             stage.begin(made.recipe)
             torch.manual_seed(self.seed)
-            av = open_av(made.base_directory, made)
+            av = open_av(made.base.directory, made)
             rows = made.rows("av_sft")
             foreign = dataclasses.replace(rows, vectors=rows.vectors.roll(len(rows) // 2, dims=0))
             train_av(
@@ -190,7 +189,7 @@ def open_av(directory: Path, made: Pipeline) -> LoadedAV:
     from nla_hub.prompts import AVPrompt
     from nla_hub.training.loop import TRAINED
 
-    sidecar, tokenizer = made.sidecars[0], made.source.tokenizer
+    sidecar, tokenizer = made.sidecars[0], made.base.tokenizer
     assert sidecar.marker is not None
     loaded = load_causal_lm(directory, TRAINED)
     injector = Injector(loaded.adapter, sidecar.injection, sidecar.marker)
@@ -222,17 +221,16 @@ def run_variant(variant: Variant, start: Start) -> dict[str, Any]:
     recipe, spec = made.recipe, made.recipe.rl
     assert spec is not None
     warm = variant.start == "warm"
-    origin = {"warm": lambda: start.av, "format": start.format_av, "source": lambda: made.base_directory}[
-        variant.start
-    ]()
+    starts = {"warm": lambda: start.av, "format": start.format_av, "source": lambda: made.base.directory}
+    origin = starts[variant.start]()
     stage, heard = StageDirectory(start.place / variant.name), Silent()
     stage.begin(recipe)
     torch.manual_seed(start.seed)
     av_sidecar, ar_sidecar = (sidecar.with_(stage="rl") for sidecar in made.sidecars)
     summary = train_rl(
-        recipe=recipe,
+        halves=made.halves,
         run_stage=stage,
-        source=made.source,
+        base=made.base,
         sidecars=(av_sidecar, ar_sidecar),
         av_directory=origin,
         ar_directory=start.ar if warm else start.new_ar(),
@@ -262,7 +260,6 @@ def measure(start: Start, made: Pipeline, av_place: Path, ar_place: Path, origin
     """The held-out figures of a finished AV, by its own AR, by the warm start's and by a judge; see `Scale`."""
     from nla_hub.engines.transformers import TransformersEngine
     from nla_hub.prompts import ARPrompt
-    from nla_hub.source_text import context_length
     from nla_hub.training.rl.dev_eval import DevEvaluation
     from nla_hub.training.rl.rollouts import sample
     from nla_hub.training.rl.stage import known_facts
@@ -272,7 +269,7 @@ def measure(start: Start, made: Pipeline, av_place: Path, ar_place: Path, origin
     av = open_av(av_place, made)
     engine = TransformersEngine(av)
     sidecar = made.sidecars[1]
-    prompt = ARPrompt.build(av.tokenizer, sidecar, max_length=context_length(made.source.loaded.model.config))
+    prompt = ARPrompt.build(av.tokenizer, sidecar, max_length=made.base.context)
     named, truth = known_facts(made.recipe, dev)
     evaluation = DevEvaluation(
         dev, prompt, n=spec.evaluate_rows, max_new_tokens=spec.max_new_tokens, batch_size=spec.rollout_block,
@@ -302,7 +299,7 @@ def measure(start: Start, made: Pipeline, av_place: Path, ar_place: Path, origin
 def make_judge(start: Start, made: Pipeline, engine: Any, prompt: Any) -> ARModel | None:
     """A new AR trained on the AV's greedy texts at rows of the stream `ar_sft`; None where too few are usable."""
     from nla_hub.prompts import parse_explanation
-    from nla_hub.training.ar_regression import init_ar, train_ar
+    from nla_hub.training.ar_regression import train_ar
 
     rows, spec = made.rows("ar_sft"), made.recipe.rl
     assert spec is not None
@@ -315,7 +312,7 @@ def make_judge(start: Start, made: Pipeline, engine: Any, prompt: Any) -> ARMode
     usable = [i for i, text in enumerate(texts) if text is not None and prompt.fits(text)]
     if 2 * len(usable) < count:
         return None
-    judge = init_ar(made.source.loaded.adapter, made.source.loaded.model)
+    judge = made.halves.load_ar(made.sidecars[1])
     chosen = _picked(rows, [taken[i] for i in usable], [str(texts[i]) for i in usable])
     settings = dataclasses.replace(made.recipe.ar, epochs=start.scale.judge_epochs)
     train_ar(
@@ -567,7 +564,6 @@ TRAINING = {
     "usable, greedy": ("usable", ".3f"),
     "usable, sampled": ("usable_sampled", ".3f"),
     "KL, nats a token": ("kl", ".3f"),
-    "seconds a step": ("seconds_a_step", ".2f"),
 }
 DIFFERENCES = {
     "FVE, its own AR": "fve.own",

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from parity import ReferenceAV, close
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -195,6 +196,36 @@ def test_gradient_checkpointing_gives_the_same_factors(pairs: Callable[..., Rand
         for name, value in plain.items():
             assert bool(value.abs().sum() > 0)
             torch.testing.assert_close(checkpointed[name], value, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_the_ar_of_the_rl_stage_recomputes_its_blocks_too(
+    pairs: Callable[..., RandomPair], lora: LoRASpec | None, tmp_path: Path
+) -> None:
+    pair = pairs("llama")
+    sidecar = Sidecar.read(pair.ar)
+    start = pair.ar
+    if lora is not None:
+        halves = on(pair, lora=lora)
+        halves.write_ar(tmp_path, halves.load_ar(sidecar), load_tokenizer(pair.source), sidecar)
+        start = tmp_path
+    prompt = ARPrompt.build(load_tokenizer(pair.source), sidecar)
+    texts, vectors = ["the cat sees a house", "a dog", "night and day and night"], random_rows(3).vectors
+    found = []
+    for checkpointing in (False, True):
+        spec = dataclasses.replace(RL, gradient_checkpointing=checkpointing, micro_batch=2)
+        calls: list[int] = []
+        with recounted(calls):
+            model = on(pair, lora=lora, rl=spec).load_ar(sidecar, start)
+            live = LiveAR(model, prompt, spec, Accelerator())
+            predicted = live.score(texts, vectors, total=3)
+        assert bool(calls) == checkpointing
+        assert not any(m.training for m in model.modules() if isinstance(m, nn.Dropout)), "what pays is what learns"
+        found.append((predicted, [p.grad for p in live.trained]))
+    torch.testing.assert_close(found[0][0], found[1][0], atol=1e-6, rtol=1e-5)
+    assert any(bool(g.abs().sum() > 0) for g in found[0][1])
+    for plain, again in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(again, plain, atol=1e-6, rtol=1e-4)
 
 
 def recounted(calls: list[int]) -> Any:

@@ -56,9 +56,10 @@ def show(recipe: Recipe, overrides: Overrides = None, json: Json = False) -> Non
 @group.command("validate")
 def validate(recipe: Recipe, overrides: Overrides = None) -> None:
     """Check a recipe; all of its faults are listed at once."""
+    from nla_hub.training.checks import check_recipe
     from nla_hub.training.recipe import load_recipe
 
-    load_recipe(recipe, overrides or ())
+    check_recipe(load_recipe(recipe, overrides or ()), runs_here=False)
     output.print_text(f"{recipe}: valid")
 
 

@@ -78,6 +78,8 @@ def train(
         return
     if gpu_price is not None and not plan:
         raise typer.BadParameter("it is for --plan", param_hint="--gpu-price")
+    if plan and (rehearse or stage):
+        raise typer.BadParameter("it runs nothing, so --rehearse and --stage say nothing to it", param_hint="--plan")
     if plan:
         _plan(recipe, overrides or [], gpu_price, as_json)
         return
@@ -143,6 +145,8 @@ def _run(
         processes.on_main(lambda: check_labeler(resolved))
     run = RunDirectory(place, resolved, rehearsal=rehearse, processes=processes)
     output.message(f"run directory: {run.path}")
+    if processes.world != resolved.hardware.world:
+        output.message(f"processes: {processes.world} (the recipe is written for {resolved.hardware.world})")
     listener = TrainView(as_json, stages)
     pair = Pipeline(resolved, run, listener, max_steps=max_steps, report_to=report_to).execute(stages)
     if not processes.is_main or not pair.is_dir():

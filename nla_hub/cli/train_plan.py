@@ -71,7 +71,7 @@ def _facts(plan: Plan) -> Iterator[tuple[str, Any]]:
     if plan.label_hours is not None:
         yield (
             "of them labels",
-            f"{_hours(plan.label_hours)}: the base model writes them in one process, the others wait",
+            f"{_hours(plan.label_hours)}: a model of the run writes them",
         )
     yield "GPU hours", _span(plan.gpu_hours)
     no_price = f"{UNKNOWN}: say --gpu-price, of a GPU for an hour" if plan.price is None else UNKNOWN

@@ -16,12 +16,11 @@ import torch
 from nla_hub.accelerator import free_memory
 from nla_hub.hub import HubOptions
 from nla_hub.loading import Source
-from nla_hub.locate import zoo_ref
 from nla_hub.pretrained import LoadOptions, load_causal_lm, load_config, load_tokenizer, load_trunk
 from nla_hub.source_text import context_length
 from nla_hub.training.checks import source_settings
 from nla_hub.training.recipe import Recipe
-from nla_hub.training.resolve import require_config
+from nla_hub.training.resolve import base_ref, require_config
 from nla_hub.training.stand_in import write_stand_in
 from nla_hub.training.state import TrainingState
 from nla_hub.weights import WEIGHTS_NAME
@@ -30,6 +29,10 @@ if TYPE_CHECKING:
     from nla_hub.tiny.source import SourceSettings
     from nla_hub.training.loop import Report
     from nla_hub.training.run import StageDirectory
+
+
+SNAPSHOTS = "snapshots"
+"""In the cache of the Hub the folder of a repository's commits."""
 
 
 class Base:
@@ -61,15 +64,18 @@ class Base:
         """Where it lies; downloaded where it must."""
         if self.is_made_here:
             return self.made
-        return zoo_ref(self.recipe.base.name, revision=self.recipe.base.revision).fetch(HubOptions())
+        return base_ref(self.recipe).fetch(HubOptions())
 
-    @property
+    @cached_property
     def digest(self) -> str | None:
-        """Its revision, or the digest of its weights where these are one file; None: not known."""
+        """Its commit on the Hub, or the digest of its weights where these are one file; None: not known."""
+        if self.directory.parent.name == SNAPSHOTS:
+            return self.directory.name
         weights = self.directory / WEIGHTS_NAME
         if self.recipe.base.revision is not None or not weights.is_file():
             return self.recipe.base.revision
-        return "sha256:" + hashlib.sha256(weights.read_bytes()).hexdigest()
+        with weights.open("rb") as file:
+            return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -152,7 +152,8 @@ class Halves:
                 read_factors(start, model.trunk)
                 model.head = load_head(start, sidecar.d_model).to(model.head.weight.device)
         train_only_what_trains(model)
-        if start is None and self.recipe.ar.gradient_checkpointing:
+        stage = self.recipe.ar if start is None or self.recipe.rl is None else self.recipe.rl
+        if stage.gradient_checkpointing:
             recompute_blocks(model.trunk)
         self._divide(model, loaded.adapter, execution)
         return model

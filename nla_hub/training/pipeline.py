@@ -39,7 +39,7 @@ from nla_hub.training.halves import Halves
 from nla_hub.training.labelers import LabelContext, opened
 from nla_hub.training.marker import require_marker
 from nla_hub.training.recipe import Recipe
-from nla_hub.training.run import RunDirectory, StageDirectory, timed, writing_run
+from nla_hub.training.run import LABELS, RunDirectory, StageDirectory, timed, writing_run
 from nla_hub.training.splits import EVALUATION_NAME, require_held_out
 from nla_hub.training.stages import IN_ALL_PROCESSES, Listener, require_stages, stages_of
 from nla_hub.training.state import TrainingState
@@ -180,7 +180,7 @@ class Pipeline:
 
     def _label_context(self, directory: StageDirectory) -> LabelContext:
         return LabelContext(
-            directory=self.run.path / "labels",
+            directory=self.run.path / LABELS,
             base=f"{self.base.name}@{self.base.digest}",
             source=self.base.complete,
             report=self._reporter(directory),

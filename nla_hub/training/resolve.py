@@ -9,7 +9,7 @@ from typing import Any
 
 from nla_hub.errors import RecipeError
 from nla_hub.hub import HubOptions
-from nla_hub.locate import zoo_ref
+from nla_hub.locate import Ref, zoo_ref
 from nla_hub.pretrained import load_config, load_tokenizer
 from nla_hub.training.marker import choose_marker, require_marker
 from nla_hub.training.recipe import AUTO, TWO_THIRDS, Recipe
@@ -58,8 +58,21 @@ def check_marker(recipe: Recipe) -> None:
 
 def base_files(recipe: Recipe) -> Path:
     """The directory with config and tokenizer of the base; downloads them, and no weights."""
+    return base_ref(recipe).fetch(HubOptions(), weights=False)
+
+
+def base_ref(recipe: Recipe) -> Ref:
+    """Where the base is to be had; a RecipeError for a name that is neither a repository nor a directory."""
     ref = zoo_ref(recipe.base.name, revision=recipe.base.revision)
-    return ref.fetch(HubOptions(), weights=False)
+    if ref.kind == "zoo":
+        beside = f"; the directory here is ./{ref.name}" if Path(ref.name).is_dir() else ""
+        raise RecipeError(
+            "The base model is neither a repository of the Hub nor a directory.",
+            where="base.model",
+            got=repr(ref.name),
+            expected=f"owner/name, or ./directory{beside}",
+        )
+    return ref
 
 
 def two_thirds(blocks: int) -> int:

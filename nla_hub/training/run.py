@@ -27,6 +27,9 @@ from nla_hub.training.recipe import Recipe
 
 CONFIG, METRICS, DONE, LOCK, STATE = "config.yaml", "metrics.jsonl", "DONE", ".lock", "state"
 
+LABELS = "labels"
+"""Folder of a run in which a labeler keeps what it was answered."""
+
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
 """What a disk says that takes nothing more."""
 
@@ -105,6 +108,12 @@ class StageDirectory:
         return found
 
 
+def _paid(path: Path) -> str:
+    """Where labels are that need not be paid for again."""
+    labels = path / LABELS
+    return f"; labels.settings.cache={labels} takes over labels that were written for it" if labels.is_dir() else ""
+
+
 class RunDirectory:
     """The directory of a run, opened for one recipe and locked while it is open.
 
@@ -133,7 +142,7 @@ class RunDirectory:
                     "This run was started with another configuration.",
                     where=path,
                     faults=changed,
-                    next_step="name another place with -o, or repeat the settings it was started with",
+                    next_step="name another place with -o, or repeat the settings it was started with" + _paid(path),
                 )
         elif path.is_dir() and any(not p.name.startswith(f".{CONFIG}.") for p in path.iterdir()):
             raise RunError(

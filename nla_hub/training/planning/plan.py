@@ -13,7 +13,7 @@ from typing import Any
 
 from nla_hub.errors import NLAError, RecipeError
 from nla_hub.memory import MARGIN
-from nla_hub.training.data import make_labeler
+from nla_hub.training.data import MAPPED_BYTES, make_labeler
 from nla_hub.training.planning.alternatives import Alternative, alternatives
 from nla_hub.training.planning.anchors import Hours, Run, hours, runs_like
 from nla_hub.training.planning.base_sizes import Sizes
@@ -127,9 +127,12 @@ class Plan:
         memory = StageMemory(recipe, sizes)
         av, ar = memory.half("av", recipe.lora), memory.half("ar", recipe.lora)
         ars = 2 if recipe.rl is not None and recipe.rl.watch_ar else 1
-        rows = sum(data_splits(recipe).values()) * recipe.data.positions
+        splits = [n * recipe.data.positions for n in data_splits(recipe).values()]
+        rows, row = sum(splits), d * FLOAT32
         found = {
-            "vectors": rows * d * FLOAT32,
+            "vectors": sum(
+                n * row * (2 if n * row >= MAPPED_BYTES else 1) for n in splits
+            ),  # large ones mapped besides
             "texts": rows * TEXT_BYTES * document_tokens(recipe, sizes),
             "ar": ars * FLOAT32 * ar.trained,
             "av": FLOAT32 * av.trained,
@@ -138,7 +141,8 @@ class Plan:
         }
         state = (1 + MOMENTS) * FLOAT32
         largest = av.trained + ars * ar.trained if recipe.rl is not None else max(av.trained, ar.trained)
-        found["checkpoint"] = 2 * state * largest  # the next one is complete before the last one goes
+        # The next checkpoint is complete before the last one goes; while rows are merged, their shards are there too.
+        found["checkpoint"] = max(2 * state * largest, rows * row)
         return found
 
     # -- the verdict -----------------------------------------------------------------------------------------

@@ -78,6 +78,7 @@ class LiveAR:
             vectors: the vectors that the texts describe, float32 [n, d].
             total: rows that this update's mean is taken over, all processes and all calls together.
         """
+        self._recompute()
         encoded = [self.prompt.encode(text) for text in texts]
         order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))  # little padding
         pad = pad_id_of(self.prompt.tokenizer)
@@ -99,6 +100,15 @@ class LiveAR:
             for i, row in zip(chunk, predicted.detach().float().cpu(), strict=False):
                 found[i] = row
         return torch.stack([found[i] for i in range(len(encoded))]) if encoded else torch.empty(0, self.width)
+
+    def _recompute(self) -> None:
+        """Let blocks that keep their inputs alone do so: transformers asks whether they are in training mode.
+
+        What is inside them stays in evaluation mode, without dropout: the pass that learns is the one that pays.
+        """
+        for module in self.model.trunk.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                module.training = True
 
     def _passes(self, rows: int) -> int:
         """Micro-batches that `rows` are run in; with shards as many as in the process that has most rows."""
