@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from nla_hub.engines.base import LoadedAV
+    from nla_hub.prompts import ARPrompt
     from nla_hub.reconstructor import ARModel
     from nla_hub.sidecar import Sidecar
     from nla_hub.training.data import TrainingRows
@@ -41,6 +42,11 @@ COMMON = (
 """What every run changes in tiny-weak: fewer samples, so that one run takes a minute or two, and a base without extras."""
 
 SEEDS = (0, 1, 2)
+
+JUDGES = "judges.json"
+"""Beside the results: FVEs by further judges, and of which variants."""
+
+JUDGED_AGAIN = ("base", "control", "no-kl")
 
 
 @dataclass(frozen=True)
@@ -256,25 +262,32 @@ def run_variant(variant: Variant, start: Start) -> dict[str, Any]:
     }
 
 
-def measure(start: Start, made: Pipeline, av_place: Path, ar_place: Path, origin: Path) -> dict[str, Any]:
-    """The held-out figures of a finished AV, by its own AR, by the warm start's and by a judge; see `Scale`."""
+def reading(made: Pipeline, av_place: Path) -> tuple[LoadedAV, Any, DevEvaluation, ARPrompt]:
+    """A finished AV, its engine, the held-out evaluation, and the prompt of all ARs."""
     from nla_hub.engines.transformers import TransformersEngine
     from nla_hub.prompts import ARPrompt
     from nla_hub.training.rl.dev_eval import DevEvaluation
-    from nla_hub.training.rl.rollouts import sample
     from nla_hub.training.rl.stage import known_facts
 
     spec, dev = made.recipe.rl, made.rows("dev")
     assert spec is not None
     av = open_av(av_place, made)
-    engine = TransformersEngine(av)
-    sidecar = made.sidecars[1]
-    prompt = ARPrompt.build(av.tokenizer, sidecar, max_length=made.base.context)
+    prompt = ARPrompt.build(av.tokenizer, made.sidecars[1], max_length=made.base.context)
     named, truth = known_facts(made.recipe, dev)
     evaluation = DevEvaluation(
         dev, prompt, n=spec.evaluate_rows, max_new_tokens=spec.max_new_tokens, batch_size=spec.rollout_block,
         named=named, truth=truth,
     )  # fmt: skip
+    return av, TransformersEngine(av), evaluation, prompt
+
+
+def measure(start: Start, made: Pipeline, av_place: Path, ar_place: Path, origin: Path) -> dict[str, Any]:
+    """The held-out figures of a finished AV, by its own AR, by the warm start's and by a judge; see `Scale`."""
+    from nla_hub.training.rl.rollouts import sample
+
+    spec, sidecar = made.recipe.rl, made.sidecars[1]
+    assert spec is not None
+    av, engine, evaluation, prompt = reading(made, av_place)
     own = evaluation.measure(engine, open_ar(ar_place, sidecar))
     by_start = evaluation.measure(engine, open_ar(start.ar, sidecar))
     judge = make_judge(start, made, engine, prompt)
@@ -296,8 +309,11 @@ def measure(start: Start, made: Pipeline, av_place: Path, ar_place: Path, origin
     }
 
 
-def make_judge(start: Start, made: Pipeline, engine: Any, prompt: Any) -> ARModel | None:
-    """A new AR trained on the AV's greedy texts at rows of the stream `ar_sft`; None where too few are usable."""
+def make_judge(start: Start, made: Pipeline, engine: Any, prompt: Any, number: int = 0) -> ARModel | None:
+    """A new AR trained on the AV's greedy texts at rows of the stream `ar_sft`; None where too few are usable.
+
+    Judges differ by `number` in the order of their rows.
+    """
     from nla_hub.prompts import parse_explanation
     from nla_hub.training.ar_regression import train_ar
 
@@ -315,10 +331,25 @@ def make_judge(start: Start, made: Pipeline, engine: Any, prompt: Any) -> ARMode
     judge = made.halves.load_ar(made.sidecars[1])
     chosen = _picked(rows, [taken[i] for i in usable], [str(texts[i]) for i in usable])
     settings = dataclasses.replace(made.recipe.ar, epochs=start.scale.judge_epochs)
-    train_ar(
-        judge, prompt, chosen, settings, seed=start.seed + 7, report=lambda _: None, max_steps=start.scale.max_steps
-    )
+    seed = start.seed + 7 + 100 * number
+    train_ar(judge, prompt, chosen, settings, seed=seed, report=lambda _: None, max_steps=start.scale.max_steps)
     return judge
+
+
+def more_judges(out: Path, *, names: Sequence[str], seeds: Sequence[int], scale: Scale, count: int = 2) -> None:
+    """Judge finished AVs again, each by further judges: how far two judges of one AV are apart."""
+    file = out / JUDGES
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    for seed in seeds:
+        start = Start(out / "work" / f"seed-{seed}", seed, scale)
+        for name in names:
+            if str(seed) in found.setdefault(name, {}):
+                continue
+            made = start.pipeline(next(variant.changes for variant in VARIANTS if variant.name == name))
+            _, engine, evaluation, prompt = reading(made, start.place / name / "checkpoint" / "av")
+            judges = [make_judge(start, made, engine, prompt, number) for number in range(1, count + 1)]
+            found[name][str(seed)] = rounded([None if j is None else evaluation.measure(engine, j).fve for j in judges])
+            file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def divergence(policy: LoadedAV, origin: LoadedAV, rollout: Rollout) -> float:
@@ -631,6 +662,7 @@ def main() -> None:
         scale=Scale(),
         say=lambda line: print(line, flush=True),
     )
+    more_judges(arguments.output, names=JUDGED_AGAIN, seeds=SEEDS, scale=Scale())
 
 
 if __name__ == "__main__":

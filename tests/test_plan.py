@@ -343,7 +343,7 @@ def test_labels_of_the_base_model_are_shared_by_all_processes() -> None:
 
 def test_disk_holds_vectors_in_float32_and_two_checkpoints() -> None:
     disk = Plan.of(tiny()).disk
-    assert disk["vectors"] == 8 * (6000 + 9000 + 100 + 2000) * D * 4
+    assert disk["vectors"] == disk["shards"] == 8 * (6000 + 9000 + 100 + 2000) * D * 4
     assert (disk["av"], disk["ar"], disk["rl"]) == (4 * AV, 8 * AR, 4 * (AV + AR))
     assert disk["checkpoint"] == 2 * 12 * (AV + 2 * AR)
     assert disk["export"] == 2 * (AV + AR)

@@ -133,6 +133,7 @@ class Plan:
             "vectors": sum(
                 n * row * (2 if n * row >= MAPPED_BYTES else 1) for n in splits
             ),  # large ones mapped besides
+            "shards": rows * row,  # until the rows are merged
             "texts": rows * TEXT_BYTES * document_tokens(recipe, sizes),
             "ar": ars * FLOAT32 * ar.trained,
             "av": FLOAT32 * av.trained,
@@ -141,8 +142,7 @@ class Plan:
         }
         state = (1 + MOMENTS) * FLOAT32
         largest = av.trained + ars * ar.trained if recipe.rl is not None else max(av.trained, ar.trained)
-        # The next checkpoint is complete before the last one goes; while rows are merged, their shards are there too.
-        found["checkpoint"] = max(2 * state * largest, rows * row)
+        found["checkpoint"] = 2 * state * largest  # the next one is complete before the last one goes
         return found
 
     # -- the verdict -----------------------------------------------------------------------------------------
