@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from nla_hub.training.data import TrainingRows
     from nla_hub.training.pipeline import Pipeline
     from nla_hub.training.recipe import Recipe
+    from nla_hub.training.rl.dev_eval import DevEvaluation
     from nla_hub.training.rl.rollouts import Rollout
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "ablations"
@@ -442,69 +443,142 @@ INTRODUCTION = """\
 <!-- Generated: python tests/ablations.py --page > docs/ablations.md -->
 # Ablations in the tiny world
 
-What each part of the rl stage is worth: one thing changed at a time, every run of a seed from the same supervised checkpoints.
+What the parts of the rl stage do: one thing changed at a time, all runs of a seed from the same supervised checkpoints.
 
-The base is [`recipes/tiny-weak.yaml`](../recipes/tiny-weak.yaml) (labels that tell a third of what is known, full weights, `beta=0.1`,
-group 8, `-mse`) without the contrastive term and with fewer samples: [[steps]] steps of [[samples]] samples. A seed has its own
-documents, labels, AV and ARs, made once; the source model is the packaged one. All figures are from [[n]] held-out rows a seed
-of the training stream, explained greedily, FVE against their raw variance. A cell is the mean and, in brackets, seed by seed.
+The base is [`recipes/tiny-weak.yaml`](../recipes/tiny-weak.yaml) without its contrastive term and with fewer samples:
+labels that tell a third of what is known, full weights, `-mse`, `beta=0.1`, [[steps]] steps of [[samples]] samples in
+groups of 8. A seed has its own documents, labels, AV and ARs, made once; the source model is the packaged one. Figures
+are from [[n]] held-out rows a seed, explained greedily; FVE is against their raw variance. A cell is the mean and, in
+brackets, each seed.
 
 ```bash
 python tests/ablations.py -o runs/ablations
 ```
 
-Only the changed setting is changed. **Nothing was tuned for any variant**: learning rates and `beta` are those that tiny-weak was
-given on seed 0 for 60 steps of 512 samples with the contrastive term, the LoRA's learning rate and the two penalties are first guesses.
-A variant that does worse here may do better with settings of its own.
+**Nothing was tuned for these runs.** Learning rates and `beta` are those that tiny-weak was given on seed 0, for more
+and larger steps and with the contrastive term; the LoRA's rate and rank and the length penalty are first guesses. A
+variant that does worse here may do better with settings of its own. Measured at commit [[commits]].
 
 ## Who reads the texts
 
-FVE is a property of a text and of the AR that reads it, so each AV is read four times:
+FVE belongs to a text and the AR that reads it, so the texts of each AV are read by four:
 
 - *its own AR*: the one that paid, as it came out of the run;
-- *the watching AR*: trained on the same samples beside it, never paying;
-- *the judge*: a new AR (identity head, no label ever seen) trained for two passes on the finished AV's greedy texts at 8,000 other
-  rows. No other AR can compare a run whose AR stood still with one whose AR learned;
-- *the warm start's AR*: not trained on anything since the labels. It shows how far the AV still speaks as the labels do.
+- *the watching AR*: trained beside it on the same samples, without ever paying. Where the AR is frozen, this one is
+  too;
+- *the judge*: a new AR with the identity as head, which has seen no label: two passes over the finished AV's greedy
+  texts at 8,000 other rows. Only this one is made alike for all, so only this one can compare an AR that stood still
+  with one that learned;
+- *the warm start's AR*: has learned from nothing but labels. It shows how far an AV still speaks as the labels do.
 """
 
 TABLES = """\
 ## What was measured
 
+FVE, and the cosine of two of the readers:
+
 [[readers]]
 
-*Judge, shuffled*: the same texts given to rows of other documents. FVE is 1 - [[variance]] for a text that tells nothing and is read
-as the orthogonal direction.
+*Judge, shuffled*: the same texts at rows of other documents. An output without a usable text counts as the orthogonal
+direction, which is an FVE of 1 - 2 / variance: [[orthogonal]].
+
+Two judges of one AV differ too. FVE by the judge above and by two more, which saw the rows in another order:
+
+[[judges]]
+
+What the texts tell:
 
 [[texts]]
 
-Recall and precision are means over facts with at least 20 rows that have (name) them, so precision is a mean over other facts where other
-facts are named; *of these right* counts all claims together. Steps took [[seconds]] s (medians of runs), on a machine that was shared, so they are no
-comparison.
+*Recall* and *precision* are means over the facts that at least 20 rows have or name, so precision is a mean over other
+facts where other facts are named. *Of these right* counts all claims alike, easy ones too.
 
 [[training]]
 
-KL is KL(trained AV || its own start) a token of sampled texts, summed over the vocabulary, also where training had no KL term.
+*KL* is the divergence of the finished AV from its own start, over the whole vocabulary, a token of sampled texts:
+measured alike for all, with a KL term in training or without. A step took [[seconds]] s (medians of the runs) on one
+thread of a machine that did other work as well, so times are not compared.
 
 ### Seed by seed against the base
 
-Runs of one seed share their start, their vectors and their held-out rows, so differences within a seed say more than the
-columns above.
+Runs of a seed share start, vectors and held-out rows, so these differences say more than the columns above.
 
 [[differences]]
-"""
 
-CONCLUSIONS = """\
 ### What they say
 
 The first held-out rows of the first seed:
 
 [[examples]]
-CONCLUSIONS_HERE
+"""
+
+CONCLUSIONS = """\
+## What each shows, and what it cannot
+
+Judges of one AV were up to [[spread]] apart. Three seeds can show a direction where all of them agree and, by the
+judge, differ by more than that; they can hardly show how large an effect is.
+
+**First of all, the AR learns.** The control's AV does not move: its texts are the warm start's. To the warm start's AR
+they are worth [[control fve.start]], to the same AR after the run's steps on them [[control fve.own]], to the judge
+[[control fve.judge]]. The base's own AR reads [[base fve.own]] where the judge reads [[base fve.judge]]. So RL lifts
+the pair's own FVE by far more than the judge's: control minus base is [[diff control fve.own]] by their own ARs,
+[[diff control fve.judge]] by judges. We read this as two halves that mostly learn to understand each other in a run as
+short as this; recall *falls* on all three seeds. It cannot show a long run, in which the AR catches up.
+
+**No KL.** By its own AR nothing is lost: [[diff no-kl fve.own]]. By the judge and in recall it is worse on all three
+seeds ([[diff no-kl fve.judge]] and [[diff no-kl recall]]): the AV goes further from its start ([[no-kl kl]] nats a
+token against [[base kl]]) and drops clauses. It cannot show that `beta=0.1` is right, nor that KL keeps a language
+readable: with it and without nearly all outputs are well-formed.
+
+**No warm start.** From the bare source not one greedy or sampled text is usable, so all rewards are equal and GRPO has
+no gradient: three steps were run, and the AV is bit for bit what it was. *Form only* is an AV trained as the warm
+start's, but with each label at a foreign vector, and a new AR. It writes labels that hardly depend on the vector, and
+after the run still does: judge [[each no-warm-start fve.judge]], shuffled [[each no-warm-start shuffled.judge]]. The
+monitor's `vector_ignored` says so before the first step. The third seed has begun to tell rows apart, with claims that
+are nearly all wrong. It cannot show whether many more steps would lead to true texts or to a private code: nothing was
+learned that could be either.
+
+**AR frozen.** Its own AR has not learned, so its own FVE is no comparison. To the judge the texts are worth as much as
+the base's on two seeds and less on one ([[diff frozen-ar fve.judge]]), and more of their claims are right on all three
+([[diff frozen-ar right]]). A reward that stands still did no harm on two seeds in so few steps. It cannot show what is
+feared of a frozen AR, gaming, which takes longer. A first sign of an AV that suits the one AR that pays is in every run
+from the warm start in which the AV moved, the AR frozen or not: the watching AR reads less out of the same texts, by up
+to [[gap]].
+
+**-log mse against -mse.** No direction: [[diff neg-log-mse fve.judge]] by the judge. With advantages normalised in each
+group the two differ only in how they weigh the samples of a group. It cannot show a difference far from this range of
+mse.
+
+**LoRA against full weights.** By the judge as good as full weights ([[diff lora fve.judge]]), and more claims are right
+on all three seeds ([[diff lora right]]). Rank 16 at five times the learning rate, on a model of width 128: that is no
+low rank, and says nothing of memory or of large models. Nor does a share of right claims say that more is known: a text
+that names more of the easy facts has a higher one.
+
+**Group size** at equal samples a step. Groups of 4, with twice as many vectors, are better by their own AR on all three
+seeds ([[diff group-4 fve.own]]), by the judge too, on one seed by less than two judges differ
+([[diff group-4 fve.judge]]). Groups of 16 are worse by their own AR on all three ([[diff group-16 fve.own]]) and not by
+the judge ([[diff group-16 fve.judge]]). It cannot separate the size of a group from the number of vectors, nor tell
+what holds at 512 samples.
+
+**Length penalty**, 0.01 a token. All three seeds end at two words, the next one and hardly anything else: recall
+[[length-penalty recall]] against [[base recall]], and less by the judge ([[diff length-penalty fve.judge]]). The pair's
+own FVE does not notice ([[diff length-penalty fve.own]]). It cannot show that a smaller penalty is bad: what counts is
+the price of a clause against what the clause wins, and neither was varied.
+
+**Contrastive term**, 0.3. Higher by its own AR on all three seeds, by little ([[diff contrastive fve.own]]), no
+direction by the judge ([[diff contrastive fve.judge]]) or in recall. It cannot show what the term is for, the same text
+for every vector: from a warm start that was not happening.
+
+For all of them: one source model, one small grammar, labels from a program, a weak warm start, [[steps]] steps. How far
+two runs of the same seed with other samples are apart was not measured. Nothing here is about natural text or models of
+another size; [tiny-rl.md](tiny-rl.md) has longer runs, on the evaluation's own documents.
 """
 
 Runs = Mapping[str, Mapping[str, Any]]
 """Seed -> what `run_variant` returned."""
+
+Judged = Mapping[str, Mapping[str, Sequence[float]]]
+"""Variant -> seed -> FVEs by further judges."""
 
 
 def read_results(directory: Path) -> dict[str, Runs]:
@@ -550,8 +624,8 @@ def differences(results: Mapping[str, Runs], columns: Mapping[str, str]) -> str:
             continue
         cells = []
         for path in columns.values():
-            pairs = [(figure(run, path), figure(base[seed], path)) for seed, run in runs.items()]
-            cells.append(cell([None if a is None or b is None else a - b for a, b in pairs], "+.3f"))
+            values = [figure(run, path) for run in runs.values()]
+            cells.append(cell(minus(values, [figure(base[seed], path) for seed in runs]), "+.3f"))
         rows.append((titles()[name], *cells))
     return markdown_table(("", *columns), rows)
 
@@ -612,15 +686,21 @@ def page(directory: Path) -> str:
     runs = [run for every in results.values() for run in every.values()]
     spec = next(iter(results["base"].values()))["settings"]
     seconds = [run["seconds_a_step"] for run in runs]
+    gaps = [run["fve"]["own"] - run["fve"]["watch"] for run in runs if "watch" in run["fve"]]
+    more = json.loads((directory / JUDGES).read_text(encoding="utf-8"))
+
     texts = {name: every for name, every in results.items() if name != "source"}
     values = {
         "steps": str(spec["steps"]),
         "samples": str(spec["prompts"] * spec["group"]),
         "n": ", ".join(sorted({str(run["n"]) for run in runs})),
-        "variance": ", ".join(f"{2 / run['raw_variance']:.2f}" for run in results["base"].values()),
+        "orthogonal": cell([1 - 2 / run["raw_variance"] for run in results["base"].values()]),
         "commits": ", ".join(sorted({run["commit"] for run in runs})),
         "seconds": f"{min(seconds):.1f} to {max(seconds):.1f}",
         "readers": table(results, READERS),
+        "gap": f"{max(gaps):.2f}",
+        "spread": f"{spread(results, more):.3f}",
+        "judges": judges(results, more),
         "texts": table(texts, TEXTS),
         "training": table(results, TRAINING),
         "differences": differences(results, DIFFERENCES),
@@ -629,14 +709,49 @@ def page(directory: Path) -> str:
 
     def fill(found: re.Match[str]) -> str:
         what = found["what"]
-        if what in values:
-            return values[what]
-        name, path = what.split()
-        figures = [figure(run, path) for run in results[name].values()]
-        assert None not in figures, what
-        return f"{statistics.mean(f for f in figures if f is not None):.2f}"
+        return values[what] if what in values else quoted(results, what)
 
     return PLACE.sub(fill, "\n".join((INTRODUCTION, TABLES, CONCLUSIONS)))
+
+
+def quoted(results: Mapping[str, Runs], what: str) -> str:
+    """A figure in a sentence: "NAME PATH" is its mean, "each NAME PATH" has each seed's, "diff NAME PATH" minus the base's."""
+    *kind, name, path = what.split()
+    values = [figure(run, path) for run in results[name].values()]
+    if kind == ["each"]:
+        return cell(values, ".2f")
+    if kind == ["diff"]:
+        return cell(minus(values, [figure(results["base"][seed], path) for seed in results[name]]), "+.3f")
+    return cell(values, ".2f").split()[0]
+
+
+def minus(values: Sequence[float | None], others: Sequence[float | None]) -> list[float | None]:
+    """Differences, None where one of the two is not known."""
+    return [None if a is None or b is None else a - b for a, b in zip(values, others, strict=True)]
+
+
+def verdicts(results: Mapping[str, Runs], more: Judged) -> dict[str, list[list[float]]]:
+    """For each variant that was judged again, each seed's FVEs by all its judges."""
+    return {
+        name: [[results[name][seed]["fve"]["judge"], *found] for seed, found in seeds.items()]
+        for name, seeds in more.items()
+    }
+
+
+def spread(results: Mapping[str, Runs], more: Judged) -> float:
+    """How far judges of one AV are apart at most."""
+    return max(max(fves) - min(fves) for seeds in verdicts(results, more).values() for fves in seeds)
+
+
+def judges(results: Mapping[str, Runs], more: Judged) -> str:
+    """What each judge of an AV reads, a column a seed."""
+    from nla_hub.evaluation.render import markdown_table
+
+    rows = [
+        (titles()[name], *(", ".join(f"{fve:.3f}" for fve in fves) for fves in seeds))
+        for name, seeds in verdicts(results, more).items()
+    ]
+    return markdown_table(("", *(f"seed {seed}" for seed in next(iter(more.values())))), rows)
 
 
 def main() -> None:
@@ -662,7 +777,8 @@ def main() -> None:
         scale=Scale(),
         say=lambda line: print(line, flush=True),
     )
-    more_judges(arguments.output, names=JUDGED_AGAIN, seeds=SEEDS, scale=Scale())
+    again = [variant.name for variant in chosen if variant.name in JUDGED_AGAIN]
+    more_judges(arguments.output, names=again, seeds=SEEDS, scale=Scale())
 
 
 if __name__ == "__main__":

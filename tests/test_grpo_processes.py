@@ -13,7 +13,7 @@ from test_training_processes import launch
 
 from nla_hub.testing import random_pair
 
-pytestmark = pytest.mark.train
+pytestmark = [pytest.mark.train, pytest.mark.long]
 
 SCRIPT = """
 import json, sys

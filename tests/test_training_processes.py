@@ -106,6 +106,7 @@ def losses(run: Path, stage: str) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
+@pytest.mark.long
 def test_two_processes_have_the_losses_of_one(recipe: Path, tmp_path: Path) -> None:
     for world in (1, 2):
         ends = launch(["-c", LOSSES, str(recipe), str(tmp_path / str(world))], world)
@@ -117,6 +118,7 @@ def test_two_processes_have_the_losses_of_one(recipe: Path, tmp_path: Path) -> N
         assert two == pytest.approx(one, abs=1e-4), stage
 
 
+@pytest.mark.long
 def test_a_run_in_two_processes_has_one_voice_and_is_continued(recipe: Path, tmp_path: Path) -> None:
     command = ["-m", "nla_hub", "train", str(recipe), "--rehearse", "-o", str(tmp_path / "run")]
     (code, out, told), (other_code, other_out, other_told) = launch(command, 2)

@@ -297,6 +297,7 @@ def harness(tmp_path_factory: pytest.TempPathFactory) -> Harness:
 
 
 @pytest.mark.train
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_killed_run_ends_as_an_undisturbed_one(harness: Harness) -> None:
     names = " ".join(harness.expected)
