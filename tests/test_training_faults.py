@@ -269,6 +269,7 @@ def labelled(root: Path, server: LabelServer, place: Path | None = None, **chang
 
 
 def test_a_labeler_that_is_down(server: LabelServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openai", reason="needs the labelers extra")
     monkeypatch.setenv("MY_KEY", "k")
     (tmp_path / "whole").mkdir()
     whole = labelled(tmp_path / "whole", server)
@@ -308,6 +309,7 @@ def write_corpus(path: Path, begin: int, end: int, seed: int = 1) -> None:
 
 
 def test_a_corpus_that_is_too_short(server: LabelServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openai", reason="needs the labelers extra")
     monkeypatch.setenv("MY_KEY", "k")
     corpus = tmp_path / "corpus.jsonl"
     data = {"corpus": None, "mix": [{"data": str(corpus)}]}
