@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from nla_hub.checkpoints import load_ar
-from nla_hub.export import save_ar, save_av
+from nla_hub.export import save_av
 from nla_hub.injection import Injector
 from nla_hub.pretrained import LoadOptions, load_causal_lm, load_tokenizer
 from nla_hub.prompts import ARPrompt, AVPrompt
@@ -22,11 +22,12 @@ from nla_hub.testing import D_MODEL, LAYER, RandomPair
 from nla_hub.training.ar_regression import train_ar
 from nla_hub.training.av_sft import train_av
 from nla_hub.training.data import TrainingRows
+from nla_hub.training.halves import Halves
 from nla_hub.training.loop import run_loop
 from nla_hub.training.processes import Processes
-from nla_hub.training.recipe import LoRASpec, StageSpec
+from nla_hub.training.recipe import LoRASpec, StageSpec, load_recipe
 from nla_hub.training.run import StageDirectory
-from nla_hub.training.sharding import Execution, full_weights, local, mapped_options, shard, whole_ar, whole_model
+from nla_hub.training.sharding import Execution, full_weights, local, mapped_options, shard, whole_model
 from nla_hub.training.state import TrainingState
 
 CPU = torch.device("cpu")
@@ -93,9 +94,8 @@ class World:
             model, self.ar_prompt, some_rows(23, D_MODEL), SPEC, seed=1, report=killing(lines, stop),
             held_out=some_rows(9, D_MODEL, seed=5), state=self.state(name), execution=self.execution,
         )  # fmt: skip
-        whole = whole_ar(model, keep=self.processes.is_main) if self.execution.sharded else model
-        if whole is not None:
-            save_ar(self.out(name), whole.trunk, whole.head, self.tokenizer, self.ar_sidecar, dtype=torch.float32)
+        halves = Halves(load_recipe("tiny"), self.root, self.processes)  # full weights: written as a stage writes them
+        halves.write_ar(self.out(name), model, self.tokenizer, self.ar_sidecar)
         return {"lines": lines, "parts": parts(model)}
 
     def out(self, name: str) -> Path:

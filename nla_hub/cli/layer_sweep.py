@@ -14,8 +14,6 @@ from nla_hub.cli.train_view import TrainView
 if TYPE_CHECKING:
     from nla_hub.training.sweep.result import SweepResult
 
-EXIT_INTERRUPTED = 130
-
 COLUMNS = (
     "layer",
     "FVE of labels",
@@ -59,7 +57,7 @@ def sweep(
     as_json: bool,
 ) -> None:
     """Run a sweep and print it: a table, or one JSON object a layer."""
-    from nla_hub.cli.train import default_directory
+    from nla_hub.cli.train import EXIT_INTERRUPTED, default_directory
     from nla_hub.errors import InputError
     from nla_hub.training.pipeline import Pipeline
     from nla_hub.training.processes import Processes

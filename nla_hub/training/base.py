@@ -6,6 +6,7 @@ the place of the other, and neither stays; the other stages need its tokenizer a
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from functools import cached_property
 from pathlib import Path
@@ -125,8 +126,6 @@ class Base:
 
     def settings(self, max_steps: int | None) -> SourceSettings:
         """The settings of a source that is trained here."""
-        import dataclasses
-
         settings = source_settings(self.recipe)
         return settings if max_steps is None else dataclasses.replace(settings, steps=max_steps)
 

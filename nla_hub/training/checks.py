@@ -60,7 +60,12 @@ def check_recipe(recipe: Recipe, *, world: int = 1, runs_here: bool = True) -> N
             raise RecipeError("The source has no such layer.", got=f"layer {recipe.layer}", expected=f"below {layers}")
     blocks = (recipe.base.config or {}).get("num_hidden_layers")
     if blocks is not None and not isinstance(recipe.layer, str) and recipe.layer >= blocks:
-        raise RecipeError("The base has no such layer.", got=f"layer {recipe.layer}", expected=f"below {blocks}")
+        raise RecipeError(
+            "The base has no such layer.",
+            got=f"layer {recipe.layer}",
+            expected=f"below {blocks}",
+            next_step="choose another, or layer: two-thirds",
+        )
     if runs_here:
         require_packages(recipe)
     if faults := [*_shares(recipe, world), *([] if recipe.rl is None else _rl_faults(recipe, recipe.rl, world))]:

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from nla_hub.locate import zoo_ref
+from nla_hub.training.checks import TINY_WORLD
 from nla_hub.training.recipe import DataSpec, HardwareSpec, LabelSpec, Recipe, RLSpec, RolloutSpec
 
 STEPS = 2
@@ -52,8 +54,6 @@ RL = {
 
 RL_MICRO_BATCH = 2
 """Most sequences a forward pass of the rl stage: the samples of a step are a multiple of it for up to eight processes."""
-
-TINY_WORLD = "tiny-world"
 
 
 class _Changes:
@@ -129,8 +129,6 @@ def _as_top(recipe: Recipe, changes: _Changes, **values: Any) -> dict[str, Any]:
 
 def _is_here(recipe: Recipe) -> bool:
     """Whether the base model is part of this package or a directory: small, or wanted as it is."""
-    from nla_hub.locate import zoo_ref
-
     return recipe.base.model is not None and zoo_ref(recipe.base.model).kind != "hub"
 
 

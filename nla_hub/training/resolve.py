@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
 from nla_hub.errors import RecipeError
 from nla_hub.hub import HubOptions
 from nla_hub.locate import Ref, zoo_ref
@@ -59,6 +61,25 @@ def check_marker(recipe: Recipe) -> None:
 def base_files(recipe: Recipe) -> Path:
     """The directory with config and tokenizer of the base; downloads them, and no weights."""
     return base_ref(recipe).fetch(HubOptions(), weights=False)
+
+
+def text_config(recipe: Recipe) -> Any:
+    """The config of the base's text model: of `base.config`, else its config.json, which may be downloaded.
+
+    Raises:
+        RecipeError: `base.config` is none that transformers knows. CheckpointError, HubError and their children.
+    """
+    if recipe.base.config is None:
+        return load_config(base_files(recipe)).get_text_config()
+    try:
+        return AutoConfig.for_model(**recipe.base.config).get_text_config()
+    except (AttributeError, KeyError, TypeError, ValueError) as cause:
+        raise RecipeError(
+            "Its base.config is no config of a model that transformers knows.",
+            where=recipe.name,
+            got=str(cause).splitlines()[0] if str(cause) else type(cause).__name__,
+            expected="model_type and the sizes, as in the base model's config.json",
+        ) from cause
 
 
 def base_ref(recipe: Recipe) -> Ref:

@@ -221,17 +221,6 @@ def _copied(tensor: Tensor) -> Tensor:
     return tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
-def whole_ar(model: ARModel, *, keep: bool) -> ARModel | None:
-    """`whole_model` of an AR: its trunk and its value head."""
-    weight = gathered(model.head.weight)
-    trunk = whole_model(model.trunk, keep=keep)
-    if not keep:
-        return None
-    head = nn.Linear(model.head.in_features, model.head.out_features, bias=False, device="meta")
-    head.load_state_dict({"weight": _copied(weight)}, assign=True)
-    return ARModel(model.adapter, trunk, head.requires_grad_(False), model.head_input_scale)
-
-
 # -- gradients -----------------------------------------------------------------------------------------------
 
 

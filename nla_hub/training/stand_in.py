@@ -13,11 +13,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nla_hub.architecture import tied
-from nla_hub.errors import RecipeError
-from nla_hub.pretrained import load_config
 from nla_hub.training.family import BLOCKS, small_model
 from nla_hub.training.recipe import Recipe
-from nla_hub.training.resolve import base_files
+from nla_hub.training.resolve import text_config
 
 ANY = "llama"
 """The architecture where a recipe is for any model and none was named."""
@@ -30,20 +28,9 @@ def stand_in_config(recipe: Recipe) -> dict[str, Any]:
         RecipeError: transformers knows no such config.
         CheckpointError, HubError and their children: the recipe has no `base.config` and the base cannot be read.
     """
-    config = _base_config(recipe)
+    unnamed = recipe.base.config is None and recipe.base.model is None
+    config = AutoConfig.for_model(ANY) if unnamed else text_config(recipe)
     return {**small_model(config).config(BLOCKS), "tie_word_embeddings": tied(config)}
-
-
-def _base_config(recipe: Recipe) -> Any:
-    if recipe.base.config is None and recipe.base.model is not None:
-        return load_config(base_files(recipe)).get_text_config()
-    told = recipe.base.config or {"model_type": ANY}
-    try:
-        return AutoConfig.for_model(**told)
-    except (KeyError, TypeError, ValueError) as cause:
-        raise RecipeError(
-            f"transformers cannot make such a config: {cause}", where="base.config", got=repr(told.get("model_type"))
-        ) from cause
 
 
 def write_stand_in(directory: Path, config: dict[str, Any], *, seed: int) -> None:

@@ -12,18 +12,17 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from nla_hub.adapters import Adapter, adapter_for
 from nla_hub.architecture import Architecture
 from nla_hub.errors import RecipeError
 from nla_hub.memory import Header, Part, PartSize, Quantization, part_size
-from nla_hub.pretrained import load_config
 from nla_hub.sidecar import Site
 from nla_hub.training.checks import source_settings
 from nla_hub.training.planning.memory_roles import FLOAT32
 from nla_hub.training.recipe import TWO_THIRDS, LoRASpec, Recipe
-from nla_hub.training.resolve import base_files, two_thirds
+from nla_hub.training.resolve import text_config, two_thirds
 
 
 def base_config(recipe: Recipe, *, vocabulary: int = 1024) -> Any:
@@ -47,17 +46,7 @@ def base_config(recipe: Recipe, *, vocabulary: int = 1024) -> Any:
             max_position_embeddings=settings.max_length,
             tie_word_embeddings=True,
         )
-    if recipe.base.config is None:
-        return load_config(base_files(recipe)).get_text_config()
-    try:
-        return AutoConfig.for_model(**recipe.base.config).get_text_config()
-    except (AttributeError, KeyError, TypeError, ValueError) as cause:
-        raise RecipeError(
-            "Its base.config is no config of a model that transformers knows.",
-            where=recipe.name,
-            got=str(cause).splitlines()[0] if str(cause) else type(cause).__name__,
-            expected="model_type and the sizes, as in the base model's config.json",
-        ) from cause
+    return text_config(recipe)
 
 
 def header_of(config: Any) -> Header:
