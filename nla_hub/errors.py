@@ -19,6 +19,7 @@
     ├── RecipeError               (also ValueError)  all faults of a recipe at once
     ├── RunError                  a run or output directory in the way, damaged, or changed
     ├── TrainingError             a run that must not go on (non-finite loss, no usable data)
+    ├── PublishError              a release that must not go out: all of its faults at once
     ├── MissingExtraError         (also ImportError) an optional dependency is absent
     └── GateFailedError           exit 3             a figure fell below its bar
 
@@ -167,6 +168,10 @@ class RunError(NLAError):
 
 class TrainingError(NLAError):
     """A training run that must not go on."""
+
+
+class PublishError(NLAError):
+    """A release that must not go out: secrets, damaged weights, a missing licence, a card that says what it must not."""
 
 
 class MissingExtraError(NLAError, ImportError):

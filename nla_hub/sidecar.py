@@ -109,6 +109,19 @@ class ReferenceRecord:
 
 
 @dataclass(frozen=True)
+class ReleaseRecord:
+    """`release`: which push this half came with. Both halves of a pair carry the same one.
+
+    Attributes:
+        id: twelve hex digits over everything that is loaded of both halves (`publish.release.release_id`).
+        tag: what the revision of both repositories is called; it is set last, so for a moment it may not be there yet.
+    """
+
+    id: str
+    tag: str
+
+
+@dataclass(frozen=True)
 class Hints:
     """What is known of a half from elsewhere (config.json, ar_meta.json, tokenizer): used only where its sidecar is silent.
 
@@ -146,6 +159,7 @@ class Sidecar:
             (its nla/train_sft.py), which matters for tokenizers that have one.
         adapter_stack: the LoRA folders of the repository that are applied to the base model, in this order; None where
             the sidecar names none.
+        release: see `ReleaseRecord`; None where the half was not pushed by this project.
         extra: every key that this version does not know; it is written back.
     """
 
@@ -168,6 +182,7 @@ class Sidecar:
     head_input: HeadInput = "raw"
     ar_special_tokens: bool = True
     adapter_stack: tuple[str, ...] | None = None
+    release: ReleaseRecord | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     # -- reading ---------------------------------------------------------------------------------------------
@@ -269,6 +284,7 @@ class Sidecar:
             "adapter_stack": None if self.adapter_stack is None else list(self.adapter_stack),
             "fve": None if self.fve is None else _without_none(vars(self.fve)),
             "fve_reference": None if self.fve_reference is None else _without_none(vars(self.fve_reference)),
+            "release": None if self.release is None else dict(vars(self.release)),
         }
         merged = {key: value for key, value in known.items() if value is not None}
         for key, value in self.extra.items():

@@ -160,6 +160,16 @@ def schema() -> dict[str, Any]:
             },
             *("dataset", "n", "raw_variance", "mean_norm"),
         ),
+        "release": _mapping(
+            "Which push this half came with; both halves of a pair carry the same one.",
+            {
+                "id": _text(
+                    "Twelve hexadecimal digits over all that is loaded of both halves.", pattern="^[0-9a-f]{12}$"
+                ),
+                "tag": _text("What this revision of both repositories is called."),
+            },
+            *("id", "tag"),
+        ),
         "integrity": _mapping(
             "Hash over the rest, which tells an edited file from the one that was written.",
             {"sha256": _text("64 hexadecimal digits.", pattern="^[0-9a-f]{64}$")},

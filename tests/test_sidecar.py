@@ -17,7 +17,7 @@ from strangers import names, values
 
 from nla_hub import yaml_io
 from nla_hub.errors import SidecarError
-from nla_hub.sidecar import Injection, ReferenceRecord, Score, Sidecar, Site
+from nla_hub.sidecar import Injection, ReferenceRecord, ReleaseRecord, Score, Sidecar, Site
 
 RELEASED: dict[str, Any] = {
     "kind": "nla_model",
@@ -129,6 +129,7 @@ def test_scores_and_references_come_back() -> None:
     sidecar = Sidecar.parse(RELEASED).with_(
         fve=Score(0.7, "raw_variance", "x", 100, cosine=0.9, protocol="tiny-eval-v1", commit="abc"),
         fve_reference=ReferenceRecord("x", 100, 0.7, 0.9, 1.0, 20.0),
+        release=ReleaseRecord("0123456789ab", "v1"),
         mse_scale=3.0,
         source_revision="abc",
         pair_repo="owner/x-ar",

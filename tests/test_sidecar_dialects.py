@@ -570,6 +570,7 @@ FULL = Sidecar.parse(CANONICAL).with_(
     head_input="normalized",
     ar_special_tokens=False,
     adapter_stack=("av_sft", "iter_000400/av"),
+    release=ReleaseRecord("0123456789ab", "v1"),
 )
 
 
