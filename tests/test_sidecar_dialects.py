@@ -26,6 +26,7 @@ from nla_hub.sidecar import (
     Injection,
     MarkerTokens,
     ReferenceRecord,
+    ReleaseRecord,
     Role,
     Score,
     Sidecar,
