@@ -74,14 +74,6 @@ def session_members(session: int) -> list[int]:
     return found
 
 
-def cpu_time(pid: int) -> int:
-    """Clock ticks that a process has computed; 0 when it is gone."""
-    with suppress(OSError):
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="latin-1").rpartition(")")[2].split()
-        return int(fields[11]) + int(fields[12])  # utime and stime of proc_pid_stat(5)
-    return 0
-
-
 def wait_until(condition: Callable[[], Any], what: Callable[[], str], seconds: float = PATIENCE) -> Any:
     """The first true value of a condition."""
     end = time.monotonic() + seconds
