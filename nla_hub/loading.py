@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +22,7 @@ from nla_hub.hub import HubOptions
 from nla_hub.injection import Injector
 from nla_hub.layouts import places
 from nla_hub.library import Checkpoint, Library, Under
-from nla_hub.locate import PairRefs, Ref
+from nla_hub.locate import PairRefs, Ref, sibling_names
 from nla_hub.log import logger
 from nla_hub.opening import Half, hub_name, open_half
 from nla_hub.pretrained import (
@@ -38,6 +37,7 @@ from nla_hub.pretrained import (
 )
 from nla_hub.prompts import ARPrompt, AVPrompt
 from nla_hub.reconstructor import ARModel, Reconstructor
+from nla_hub.releases import at_release_of, require_one_release
 from nla_hub.sidecar import Sidecar
 from nla_hub.source_text import context_length
 from nla_hub.verbalizer import Verbalizer
@@ -74,6 +74,12 @@ class Pair:
         half = first or second
         assert half is not None
         return half.sidecar
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether weights of a half are quantised on disk already."""
+        halves = [half for half in (self.av, self.ar) if half is not None]
+        return any(getattr(half.config, "quantization_config", None) is not None for half in halves)
 
     @property
     def family(self) -> str:
@@ -130,6 +136,7 @@ def open_pair(
                 faults=faults,
                 next_step='name the AR that was trained with this AV: ar="owner/name" or ar="./path"',
             )
+        require_one_release(av, ar, ar_named=refs.ar_named)
     for half in (av, ar):
         if half is not None and half.role in wanted:
             half.require_config()
@@ -152,22 +159,26 @@ def _under(*halves: Half | None) -> Ref | None:
 
 
 def _open_ar(refs: PairRefs, av: Half | None, common: Mapping[str, Any]) -> Half:
-    """The AR: the one named, else one in the AV's own checkpoint, what its sidecar calls its pair, its sibling by name."""
+    """The AR: the one named, else one in the AV's own checkpoint, what its sidecar calls its pair, its sibling by name.
+
+    Where nobody says its revision, it is opened at the AV's release.
+    """
+    library: Library = common["library"]
     if refs.ar is not None and not refs.ar_guessed:
-        return open_half(refs.ar, "ar", beside=av, **common)
+        known = refs.ar if refs.ar_named else at_release_of(av, refs.ar, library)
+        return open_half(known, "ar", beside=av, **common)
     if av is not None:
         inside = replace(av.checkpoint.ref, subfolder=refs.ar_subfolder)
         if refs.ar_subfolder or _holds_ar(av):
             return open_half(inside, "ar", beside=av, **common)
         if (named := hub_name(av.sidecar.pair_repo)) is not None:
-            return open_half(named, "ar", beside=av, **common)
+            return open_half(at_release_of(av, named, library), "ar", beside=av, **common)
     tried = [] if refs.ar is None else [refs.ar]
     if refs.av is not None and refs.av.kind == "hub":
         tried = [Ref("hub", name) for name in sibling_names(refs.av.name)]
-    options: HubOptions = common["library"].options
     for ref in tried:
-        if ref.kind != "hub" or hub.exists(ref.name, options=options):
-            return open_half(ref, "ar", beside=av, **common)
+        if ref.kind != "hub" or hub.exists(ref.name, options=library.options):
+            return open_half(at_release_of(av, ref, library), "ar", beside=av, **common)
     error = HubNotFoundError if tried else CheckpointError
     raise error(
         f"The AR half of this pair is not known{': the Hub has no such repository' if tried else ''}.",
@@ -186,25 +197,6 @@ def _is_ar(ref: Ref, common: Mapping[str, Any]) -> bool:
 def _holds_ar(av: Half) -> bool:
     """Whether the AV's own checkpoint holds something that only an AR can be."""
     return any(place.role == "ar" for place in places(av.checkpoint.files))
-
-
-_AV_WORDS = {"av": "ar", "actor": "critic", "verbalizer": "reconstructor", "verbaliser": "reconstructor"}
-
-
-def sibling_names(name: str) -> list[str]:
-    """What the AR of an AV called `name` may be called: the word for the one half put in the place of the other's."""
-    found = []
-    for word, other in _AV_WORDS.items():
-        pattern = re.compile(rf"(?<![A-Za-z0-9]){word}(?![A-Za-z0-9])", re.I)
-        replaced = pattern.sub(partial(_in_the_case_of, other), name)
-        if replaced != name:
-            found.append(replaced)
-    return found
-
-
-def _in_the_case_of(word: str, found: re.Match[str]) -> str:
-    there = found[0]
-    return word.upper() if there.isupper() else word.capitalize() if there[0].isupper() else word
 
 
 def load_verbalizer(half: Half, engine: EngineChoice, options: LoadOptions, *, name: str) -> Verbalizer:
@@ -301,10 +293,10 @@ class Source:
     name: str
 
 
-def open_source(
+def find_source(
     base: Ref | None, sidecar: Sidecar, family: str | None, name: str, library: Library, options: LoadOptions
-) -> Path:
-    """The directory of a pair's base model, whose config fits the pair; its weights are on disk, but not read.
+) -> Under:
+    """A pair's base model, whose config fits the pair; its weights stay where they are.
 
     Raises:
         CheckpointError: nothing says where it is. SidecarError: it is not this pair's. HubError and its children.
@@ -335,7 +327,14 @@ def open_source(
             faults=faults,
             next_step='pass the right one: base_model="owner/name" or base_model="./path"',
         )
-    return under.fetch()
+    return under
+
+
+def open_source(
+    base: Ref | None, sidecar: Sidecar, family: str | None, name: str, library: Library, options: LoadOptions
+) -> Path:
+    """The directory of a pair's base model, whose weights are on disk, but not read; raises as `find_source`."""
+    return find_source(base, sidecar, family, name, library, options).fetch()
 
 
 def load_source(directory: Path, sidecar: Sidecar, name: str, options: LoadOptions, *, complete: bool) -> Source:

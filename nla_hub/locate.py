@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal
@@ -121,6 +122,8 @@ class PairRefs:
     base: Ref | None
     ar_guessed: bool = False
     """The AR is only a guess by its name; the AV's own checkpoint and what its sidecar says come before it."""
+    ar_named: bool = False
+    """The caller named the AR, and its revision with it."""
     ar_subfolder: str = ""
     """The AR's folder, where it lies in the AV's checkpoint."""
 
@@ -162,12 +165,19 @@ def resolve_pair(
             replace(av, subfolder=subfolder or entry.av_folder),
             explicit_ar or replace(zoo_ref(entry.ar, entry.ar_revision), subfolder=ar_subfolder or entry.ar_folder),
             explicit_base or zoo_ref(entry.base, entry.base_revision),
+            ar_named=explicit_ar is not None,
         )
     ref = replace(ref, subfolder=subfolder)
     if ref.kind == "hub":
         sibling = Ref("hub", re.sub(r"-av$", "-ar", ref.name)) if ref.name.endswith("-av") else None
         return PairRefs(
-            str(ref), ref, explicit_ar or sibling, explicit_base, explicit_ar is None, ar_subfolder=ar_subfolder
+            str(ref),
+            ref,
+            explicit_ar or sibling,
+            explicit_base,
+            ar_guessed=explicit_ar is None,
+            ar_named=explicit_ar is not None,
+            ar_subfolder=ar_subfolder,
         )
     directory = ref.fetch(HubOptions())
     if not subfolder and not (directory / SIDECAR_NAME).exists() and (directory / "av").is_dir():
@@ -176,6 +186,7 @@ def resolve_pair(
             _directory(directory / "av"),
             explicit_ar or (replace(ref, subfolder=ar_subfolder) if ar_subfolder else _directory(directory / "ar")),
             explicit_base or _directory(directory / "source"),
+            ar_named=explicit_ar is not None,
         )
     beside = directory.resolve().parent
     mine = directory.resolve().name
@@ -185,6 +196,7 @@ def resolve_pair(
         ref,
         explicit_ar or (_directory(beside / other) if other != mine and not ar_subfolder else None),
         explicit_base or _directory(directory / "source") or _directory(beside / "source"),
+        ar_named=explicit_ar is not None,
         ar_subfolder=ar_subfolder,
     )
 
@@ -219,3 +231,31 @@ def named_part(name: str | os.PathLike[str] | None, half: Literal["ar", "base"])
 
 def _directory(path: Path) -> Ref | None:
     return Ref("directory", str(path)) if path.is_dir() else None
+
+
+_AV_WORDS = {"av": "ar", "actor": "critic", "verbalizer": "reconstructor", "verbaliser": "reconstructor"}
+
+
+def sibling_names(name: str) -> list[str]:
+    """What the AR of an AV called `name` may be called: the word for the one half put in the place of the other's."""
+    found = []
+    for word, other in _AV_WORDS.items():
+        replaced = _whole_word(word).sub(partial(_in_the_case_of, other), name)
+        if replaced != name:
+            found.append(replaced)
+    return found
+
+
+def half_named(name: str) -> Literal["av", "ar"] | None:
+    """Which half a repository's name speaks of; None where it has a word for neither, or for both."""
+    said = [any(_whole_word(word).search(name) for word in words) for words in (_AV_WORDS, _AV_WORDS.values())]
+    return None if said[0] == said[1] else "av" if said[0] else "ar"
+
+
+def _whole_word(word: str) -> re.Pattern[str]:
+    return re.compile(rf"(?<![A-Za-z0-9]){word}(?![A-Za-z0-9])", re.I)
+
+
+def _in_the_case_of(word: str, found: re.Match[str]) -> str:
+    there = found[0]
+    return word.upper() if there.isupper() else word.capitalize() if there[0].isupper() else word

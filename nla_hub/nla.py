@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from nla_hub.flags import row_flags
 from nla_hub.geometry import Reference, as_vectors
 from nla_hub.hub import HubOptions
 from nla_hub.library import Library
-from nla_hub.loading import Source, open_pair
+from nla_hub.loading import Pair, Source, open_pair
 from nla_hub.locate import Ref, resolve_pair
 from nla_hub.opening import read_contract
 from nla_hub.parts import Memory, Mode, PartName, Parts, build, source_loaders
@@ -35,6 +35,9 @@ from nla_hub.sidecar import Sidecar, Site
 from nla_hub.source_text import Content, Overflow, as_documents, context_length, encode_source
 from nla_hub.steering import SteeringVector
 from nla_hub.verbalizer import ROWS, Verbalizer, as_keys
+
+if TYPE_CHECKING:
+    from nla_hub.publish.push import Pushed
 
 Component = Literal["av", "ar"]
 EngineName = str
@@ -79,6 +82,8 @@ class NLA:
         self._sidecar = sidecar
         self._ar_sidecar = ar_sidecar
         self._base = base
+        self._opened: Pair | None = None
+        self._told = False
 
     # -- loading ---------------------------------------------------------------------------------------------
 
@@ -152,7 +157,8 @@ class NLA:
         parts, mode = build(pair, engine=choice, memory=memory, load_options=options)
         nla = cls.__new__(cls)
         nla._settle(pair.name, parts, pair.sidecar, pair.ar.sidecar if pair.ar is not None else None, pair.base, mode)
-        if quantization_config is not None and pair.wanted == {"av", "ar"}:
+        nla._opened, nla._told = pair, sidecar is not None
+        if pair.wanted == {"av", "ar"} and (quantization_config is not None or pair.is_packed):
             nla.round_trip().require()
         return nla
 
@@ -517,6 +523,32 @@ class NLA:
         vector = units[0] - units[1] if minus is not None else units[0]
         note = to if minus is None else f"{to} - {minus}"
         return SteeringVector(vector.float(), self.site, str(self._base or self._sidecar.base_model or ""), note)
+
+    # -- publishing ------------------------------------------------------------------------------------------
+
+    def push_to_hub(self, repo: str | None = None, **options: Any) -> Pushed:
+        """Publish the pair on the Hugging Face Hub, as `nla-hub push --yes` does; docs/publishing.md says how that goes.
+
+        What is published are the files that the pair was loaded from, never what is in memory: another dtype or a
+        quantization_config of `from_pretrained` changes nothing (`quantize=` packs weights).
+
+        Args:
+            repo: owner/name: `owner/name-av` and `owner/name-ar`. None makes a name of the base model's and the layer, under
+                the token's account.
+            options: those of the command, with "_" for "-": private, create_pr, revision, collection, tag, form, quantize,
+                licence, base_model, steps, evaluation_set, gpu_price, verify, work, single_repo; and token, as in
+                `from_pretrained`.
+
+        Returns:
+            The repositories with their commits, the tag, and `url`.
+
+        Raises:
+            InputError: the pair does not lie in directories here, or a contract was told besides its files.
+            PublishError: what must not go out. GateFailedError: what arrived is not what was sent. HubError and its children.
+        """
+        from nla_hub.publish.prepare import push_pair
+
+        return push_pair(self._opened, repo, told=self._told, **options)
 
 
 def _rows(batch_size: int | None) -> int:

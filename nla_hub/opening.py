@@ -224,7 +224,7 @@ def _spoken_for(raw: Mapping[str, Any], role: Role, written_for: Role | None) ->
     return spoken
 
 
-_OF_ONE_HALF = ("role", "stage", "pair_repo", "adapter_stack", "integrity", "source_revision")
+_OF_ONE_HALF = ("role", "stage", "pair_repo", "adapter_stack", "integrity", "source_revision", "release")
 
 
 def _sidecar(

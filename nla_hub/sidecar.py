@@ -305,10 +305,14 @@ class Sidecar:
         if isinstance(stored, Mapping) and stored.get("sha256") not in (None, self.integrity()):
             logger.warning("%s was edited after it was written: its contents differ from the hash stored in it", where)
 
+    def text(self) -> str:
+        """What `write` writes: the canonical form with its hash, as YAML."""
+        return yaml_io.dumps({**self.to_mapping(), "integrity": {"sha256": self.integrity()}})
+
     def write(self, directory: Path) -> Path:
         """Write `nla_meta.yaml` atomically and return its path."""
         path = directory / SIDECAR_NAME
-        yaml_io.write_text(path, yaml_io.dumps({**self.to_mapping(), "integrity": {"sha256": self.integrity()}}))
+        yaml_io.write_text(path, self.text())
         return path
 
     def with_(self, **changes: Any) -> Sidecar:

@@ -100,7 +100,7 @@ class Reader:
             stage=self._text("stage"),
             fve=self._record("fve", Score),
             fve_reference=self._record("fve_reference", ReferenceRecord),
-            release=self._record("release", ReleaseRecord),
+            release=self._release(),
             final_norm_stripped=self.hints.final_norm_stripped if stripped is None else stripped,
             head_input=head_input,
             ar_special_tokens=self._boolean("ar_special_tokens") is not False,
@@ -356,6 +356,12 @@ class Reader:
                 self._fault(f"{name}.{key}", item, "a whole number >= 0")
         self.known |= {(name, key) for key in names}
         return record
+
+    def _release(self) -> ReleaseRecord | None:
+        """The push that a half came with; what others put under this name is an unknown key, and kept."""
+        value = self.raw.get("release")
+        ours = isinstance(value, Mapping) and all(isinstance(value.get(key), str) for key in ("id", "tag"))
+        return self._record("release", ReleaseRecord) if ours else None
 
     def _unknown(self) -> dict[str, Any]:
         """Every key that has not become a field, at its depth; a null that holds the place of known keys is nothing."""

@@ -6,8 +6,9 @@ An entry point is a path to a YAML file of entries, or the mapping itself, or a 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from datetime import date
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -15,7 +16,7 @@ from typing import Any, Literal
 
 from nla_hub import registry, yaml_io
 from nla_hub.errors import NLAError
-from nla_hub.hub import HubOptions
+from nla_hub.hub import HubOptions, search
 from nla_hub.locate import Ref, zoo_ref
 from nla_hub.log import logger
 from nla_hub.schema import from_mapping
@@ -24,6 +25,11 @@ from nla_hub.sidecar import SIDECAR_NAME, Score, Sidecar, Site
 NOT_MEASURED = "not measured"
 NOT_YET = "not yet"
 UNPINNED = "unpinned"
+
+Part = Literal["av", "ar", "base"]
+PARTS: tuple[Part, ...] = ("av", "ar", "base")
+PART_WORDS: dict[Part, str] = {"av": "AV", "ar": "AR", "base": "base model"}
+"""The repositories of a pair."""
 
 
 @dataclass(frozen=True)
@@ -245,6 +251,53 @@ def known_sidecar(ref: Ref, role: Literal["av", "ar"]) -> Mapping[str, Any]:
     exact = [one for one in entries if ref.subfolder and getattr(one, f"{role}_folder") == ref.subfolder]
     found = [one.sidecar for one in exact or entries]
     return found[0] if found and all(one == found[0] for one in found) else {}
+
+
+@dataclass(frozen=True)
+class Update:
+    """What the main branch of a repository of an entry is now.
+
+    Attributes:
+        part: which repository of the pair.
+        pinned: the commit that the entry names; None is "unpinned".
+        commit: of the main branch.
+        updated: day of its last commit.
+    """
+
+    part: Part
+    pinned: str | None
+    commit: str
+    updated: date | None
+
+    @property
+    def behind(self) -> bool:
+        """Whether the entry names another commit than the main branch is now."""
+        return self.pinned not in (None, self.commit)
+
+    def __str__(self) -> str:
+        since = f" ({self.updated.isoformat()})" if self.updated else ""
+        if self.pinned is None:
+            return f"{PART_WORDS[self.part]}: {UNPINNED}, main is {self.commit[:10]} now{since}"
+        if self.behind:
+            return f"{PART_WORDS[self.part]}: pinned at {self.pinned[:10]}, main is {self.commit[:10]} now{since}"
+        return f"{PART_WORDS[self.part]}: pinned at what main is"
+
+
+def updates(entries: Iterable[ZooEntry], options: HubOptions) -> dict[str, tuple[Update, ...]]:
+    """What the repositories of entries are now: the halves', and the source's where that is pinned; each is asked for once.
+
+    Takes a few seconds at most. Whatever cannot be told is left out, an entry of which nothing can be told (packaged, offline,
+    no such repository) has no updates.
+    """
+    asked = [(e, part, zoo_ref(getattr(e, part))) for e in entries for part in PARTS]
+    asked = [(e, part, ref) for e, part, ref in asked if ref.kind == "hub" and (part != "base" or e.base_revision)]
+    current = search.now(list(dict.fromkeys(ref.name for _, _, ref in asked)), options=options)
+    found: dict[str, tuple[Update, ...]] = {}
+    for e, part, ref in asked:
+        if (model := current.get(ref.name)) is not None and model.commit is not None:
+            update = Update(part, getattr(e, f"{part}_revision"), model.commit, model.updated)
+            found[e.name] = (*found.get(e.name, ()), update)
+    return found
 
 
 def read_entries(source: Path | Mapping[str, Any]) -> dict[str, ZooEntry]:

@@ -697,3 +697,10 @@ def test_writing_is_stable_and_loses_no_unknown_key(
     assert again.integrity() == first.integrity()
     for mapping, kept in ((again.to_mapping(), new), (again.to_mapping().get(place, {}), inner)):
         assert {key: mapping[key] for key in kept} == kept
+
+
+@pytest.mark.parametrize("value", ["v1", {"id": 3, "tag": "v1"}, ["a"]])
+def test_a_release_of_another_make_is_kept_and_means_nothing(value: Any) -> None:
+    read = Sidecar.parse({**CANONICAL, "release": value})
+    assert read.release is None
+    assert read.to_mapping()["release"] == value

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nla_hub.cli import explain_job, output, pair
+from nla_hub.cli import explain_job, explain_push, output, pair
 from nla_hub.errors import InputError, Interrupted
 from nla_hub.locate import expand
 from nla_hub.log import logger
@@ -108,6 +108,17 @@ def explain(
     ] = None,
     threads: Annotated[int, typer.Option(help="With --data: threads of a worker on the processor.", min=1)] = 1,
     keep_vectors: Annotated[bool, typer.Option("--keep-vectors", help="With --data: write the vectors too.")] = False,
+    push_to: Annotated[
+        str | None,
+        typer.Option(
+            "--push-to", metavar="OWNER/NAME", help="With --data: publish the rows as this data set in the end."
+        ),
+    ] = None,
+    licence: Annotated[
+        str | None,
+        typer.Option("--licence", metavar="ID", help="Of --push-to: licence of the data set, as the Hub spells it."),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Of --push-to: make a new data set private.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="With --data: ask nothing.")] = False,
     nla: pair.Name = "tiny",
     ar: pair.Ar = None,
@@ -145,6 +156,7 @@ def explain(
 ) -> None:
     """Explain the activations of texts: what the model holds at a token, in words, with the measured score."""
     where = parse_positions(positions)
+    published = explain_push.wanted(push_to, licence, private=private, yes=yes)
     named: dict[str, Any] = {
         "ar": ar,
         "base_model": base_model,
@@ -168,6 +180,7 @@ def explain(
                 "--shard": shard,
                 "--threads": threads if threads > 1 else None,
                 "--keep-vectors": keep_vectors or None,
+                "--push-to": push_to,
             }
         )
     else:
@@ -191,7 +204,13 @@ def explain(
             batch_size=batch_size,
             threads=threads,
         )
+        if published is not None:
+            published.check()
         summary = explain_job.run(job, out, workers=workers, runner=runner.value, shard=shard, yes=yes, as_json=as_json)
+        if published is not None and summary.complete:
+            published.push(out, as_json=as_json)
+        elif published is not None:
+            output.message("The rows are published by the shard that finishes last, if it has --push-to as well.")
         if summary.errors:
             raise typer.Exit(EXIT_ROWS_IN_ERROR)
         return

@@ -58,7 +58,7 @@ def ask(call: Callable[[], T], *, repo: str, revision: str | None, local_only: b
             cause, attempt = _reason(error), attempt + 1
             wait = _wait(cause, attempt)
             if wait is not None and time.monotonic() - began + wait <= PATIENCE:
-                logger.warning("%s: %s. Trying again in %.0f s.", where, _first_line(cause).rstrip("."), wait)
+                logger.warning("%s: %s. Trying again in %.0f s.", where, first_line(cause).rstrip("."), wait)
                 time.sleep(wait)
                 continue
             typed = _typed(cause, error, repo, revision, local_only)
@@ -111,7 +111,7 @@ def unreachable(where: str, *, local_only: bool, cause: BaseException | None = N
     return HubUnreachableError(
         f"The Hub cannot be reached, and {cache}.",
         where=where,
-        got=_first_line(cause) if cause is not None and str(cause) else None,
+        got=first_line(cause) if cause is not None and str(cause) else None,
         next_step="check the connection (and HF_HUB_OFFLINE, HF_ENDPOINT); a directory is written ./path; the packaged pair "
         "needs no network: --nla tiny",
     )
@@ -130,13 +130,13 @@ def _reason(error: BaseException) -> BaseException:
 def _wait(cause: BaseException, attempt: int) -> float | None:
     """Seconds until it is worth asking again; None if it is not."""
     if status(cause) == 429:
-        told = _told(cause.response.headers)  # type: ignore[attr-defined]
-        return max(told, 1.0) if told is not None else min(2.0**attempt, 60.0)
+        seconds = told(cause.response.headers)  # type: ignore[attr-defined]
+        return max(seconds, 1.0) if seconds is not None else min(2.0**attempt, 60.0)
     again = _broke_off(cause) or isinstance(cause, Damaged) or _inconsistent(cause)
     return 1.0 if again and attempt <= CUTS else None
 
 
-def _told(answer: Mapping[str, str]) -> float | None:
+def told(answer: Mapping[str, str]) -> float | None:
     """When a 429 says to come back, in seconds: Retry-After (a number or a date), or `RateLimit: "api";r=0;t=55`."""
     after = answer.get("Retry-After", "").strip()
     if after.isdigit():
@@ -170,7 +170,7 @@ def _typed(
         return HubNotFoundError(
             f"The repository has no revision {revision!r}.",
             where=repo,
-            got=_status(cause),
+            got=status_line(cause),
             next_step="leave the revision out for the newest one, or look it up on the repository's page",
         )
     if isinstance(cause, hf.HfHubHTTPError):
@@ -195,7 +195,7 @@ def _typed(
         return HubUnreachableError(
             f"The connection to the Hub broke off {CUTS + 1} times.",
             where=where,
-            got=_first_line(cause),
+            got=first_line(cause),
             next_step="try again: complete files are kept. If it stays so, look at proxies and VPNs on the way",
         )
     if isinstance(cause, (hf.OfflineModeIsEnabled, ConnectionError, TimeoutError, *transport_errors())):
@@ -206,12 +206,12 @@ def _typed(
         return HubUnreachableError(
             "What answers is not a Hugging Face Hub.",
             where=where,
-            got=f"{constants.ENDPOINT}: {_first_line(cause)}",
+            got=f"{constants.ENDPOINT}: {first_line(cause)}",
             next_step="check HF_ENDPOINT, proxies and login pages of the network",
         )
     if isinstance(cause, Damaged) or _inconsistent(cause):
         return HubError(
-            f"The download is damaged: {_first_line(cause)}",
+            f"The download is damaged: {first_line(cause)}",
             where=where,
             next_step="try again: complete files are kept. If it stays so, the repository or a proxy on the way is damaged",
         )
@@ -219,9 +219,7 @@ def _typed(
         return _not_stored(cause, where)
     if isinstance(cause, ValueError | RuntimeError | hf.XetDownloadError):
         # Among them file names that leave the cache, and files too large to come without hf_xet.
-        return HubError(
-            f"The download was refused: {_first_line(cause)}", where=where, next_step="try another revision"
-        )
+        return HubError(f"The download was refused: {first_line(cause)}", where=where, next_step="try another revision")
     return None
 
 
@@ -238,25 +236,25 @@ def _refused(cause: Any, repo: str, where: str) -> HubError:
             if sent
             else "This repository is gated, and nobody is logged in.",
             where=where,
-            got=_status(cause),
+            got=status_line(cause),
             next_step=f"accept its terms on the page of {repo} ({page}){login}; its authors may have to agree first",
         )
     if isinstance(cause, hf.DisabledRepoError):
         return HubError(
-            "The Hub has disabled this repository.", where=where, got=_status(cause), next_step=f"see {page}"
+            "The Hub has disabled this repository.", where=where, got=status_line(cause), next_step=f"see {page}"
         )
     if code == 401 and (sent or not isinstance(cause, hf.RepositoryNotFoundError)):
         return HubAuthError(
             "The Hub does not accept this token." if sent else "The Hub wants a token, and none was sent.",
             where=where,
-            got=_status(cause),
+            got=status_line(cause),
             next_step="`hf auth login`, or set HF_TOKEN; check the spelling too, since unknown repositories answer the same",
         )
     if isinstance(cause, hf.RepositoryNotFoundError):
         return HubNotFoundError(
             "The Hub has no such repository (or it is private and the token cannot see it).",
             where=where,
-            got=_status(cause),
+            got=status_line(cause),
             next_step="check the spelling owner/name; for a private one `hf auth login`; a local directory is written ./name",
         )
     if isinstance(cause, hf.EntryNotFoundError):
@@ -264,24 +262,27 @@ def _refused(cause: Any, repo: str, where: str) -> HubError:
         return HubNotFoundError(
             f"The repository lacks {name[1]!r}." if name else "The repository lacks a file.",
             where=where,
-            got=_status(cause),
+            got=status_line(cause),
             next_step="try again, or name another revision",
         )
     if code == 403:
         return HubGatedError(
-            "The Hub refuses this account.", where=where, got=_status(cause), next_step="check the token's permissions"
+            "The Hub refuses this account.",
+            where=where,
+            got=status_line(cause),
+            next_step="check the token's permissions",
         )
     if code == 404:
         return HubNotFoundError(
-            "The Hub does not have this.", where=where, got=_status(cause), next_step="check name and revision"
+            "The Hub does not have this.", where=where, got=status_line(cause), next_step="check name and revision"
         )
     if code == 429:
-        told = _told(cause.response.headers)
+        seconds = told(cause.response.headers)
         return HubError(
             "The Hub wants fewer requests.",
             where=where,
-            got=_status(cause),
-            next_step=f"try again {'later' if told is None else f'in {_duration(told)}'}"
+            got=status_line(cause),
+            next_step=f"try again {'later' if seconds is None else f'in {duration(seconds)}'}"
             + ("" if sent else "; with `hf auth login` its limits are higher"),
         )
     advice = (
@@ -289,7 +290,7 @@ def _refused(cause: Any, repo: str, where: str) -> HubError:
         if (code or 500) >= 500
         else "try again later"
     )
-    return HubError(f"The Hub answered with an error: {_first_line(cause)}", where=where, next_step=advice)
+    return HubError(f"The Hub answered with an error: {first_line(cause)}", where=where, next_step=advice)
 
 
 def _not_stored(cause: OSError, where: str) -> HubError:
@@ -302,18 +303,21 @@ def _not_stored(cause: OSError, where: str) -> HubError:
     return HubError(f"The download could not be stored: {cause}", where=where, next_step=advice)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Hours, minutes or seconds, for people."""
     for unit, size in (("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
     return f"{max(seconds, 1):.0f} seconds"
 
 
-def _status(cause: BaseException) -> str | None:
+def status_line(cause: BaseException) -> str | None:
+    """HTTP and the status of a refusal."""
     code = status(cause)
     return f"HTTP {code}" if code else None
 
 
-def _first_line(cause: BaseException) -> str:
+def first_line(cause: BaseException) -> str:
+    """What an error says first, without what follows a `?` in addresses."""
     text = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
     return re.sub(r"\?[^\s'\"]*", "?...", text)  # a signed address is as good as a key for an hour

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from nla_hub.evaluation import EvalResult
-from nla_hub.sidecar import Score, Sidecar
+if TYPE_CHECKING:
+    from nla_hub.evaluation import EvalResult
+    from nla_hub.sidecar import Score, Sidecar
 
 Form = Literal["full", "lora", "merged"]
 """What the weights of a release are: complete ones, factors on a base that is named, or factors merged into it."""
@@ -112,6 +113,7 @@ class ReleaseFacts:
         parity: role -> largest relative difference of packed weights' outputs, or other figures by name that a variant
             was accepted on.
         attribution: sentences that data sets ask for.
+        rehearsal: whether this came from a rehearsal: random weights that say nothing about any model.
         price_per_gpu_hour: in US dollars, as the caller says; None leaves the cost "not known".
     """
 
@@ -137,4 +139,5 @@ class ReleaseFacts:
     steps: tuple[str, ...] = ()
     parity: Mapping[str, float] = field(default_factory=dict)
     attribution: tuple[str, ...] = ()
+    rehearsal: bool = False
     price_per_gpu_hour: float | None = None

@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -65,6 +65,12 @@ class Entry:
             small.update(piece)
         return large.hexdigest(), small.hexdigest()
 
+    def called(self, name: str) -> Entry:
+        """The same file under another name; what was hashed of it is not hashed again."""
+        other = Entry(name, self.content)
+        other.__dict__.update({key: value for key, value in self.__dict__.items() if key in ("size", "hashes")})
+        return other
+
     @property
     def sha256(self) -> str:
         """sha256 of its bytes."""
@@ -84,17 +90,19 @@ class StagedRepo:
         name: owner/name.
         kind, role: see `RepoKind`, `RepoRole`.
         entries: all of its files, sorted by name.
+        to_be_written: weights that a form needs and that nobody has written yet (a dry run): name -> estimated bytes.
     """
 
     name: str
     kind: RepoKind
     role: RepoRole
     entries: tuple[Entry, ...]
+    to_be_written: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
-        """Bytes of all files."""
-        return sum(entry.size for entry in self.entries)
+        """Bytes of all files, those still to be written included."""
+        return sum(entry.size for entry in self.entries) + sum(self.to_be_written.values())
 
     def entry(self, name: str) -> Entry | None:
         """The file of that name."""
@@ -107,13 +115,13 @@ class Release:
 
     Attributes:
         repos: in the order in which they appear on the Hub: the AR before the AV that points to it.
-        id: twelve hex digits, see `release_id`.
+        id: twelve hex digits, see `release_id`; None where weights are still to be written.
         tag: what the revision is called once everything is there.
         facts: what the cards say; None for data sets.
     """
 
     repos: tuple[StagedRepo, ...]
-    id: str
+    id: str | None
     tag: str
     facts: ReleaseFacts | None = None
 

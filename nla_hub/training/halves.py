@@ -197,11 +197,10 @@ class Halves:
         self.processes.on_main(lambda: save_av(directory, whole, tokenizer, sidecar, dtype=torch.float32))
 
     def _whole_av(self, model: Any) -> Any:
-        """A complete causal LM, in the main process."""
-        keep = self.processes.is_main
-        if not is_sharded(model):
-            return model.merge_and_unload() if keep and carries_factors(model) else model
-        return whole_model(model, keep=keep)
+        """A complete causal LM, in the main process; `model` itself can go on being trained."""
+        if is_sharded(model) or carries_factors(model):
+            return whole_model(model, keep=self.processes.is_main)
+        return model
 
     def write_ar(self, directory: Path, model: ARModel, tokenizer: Any, sidecar: Sidecar) -> None:
         """Write an AR as this recipe's stages keep it: factors and value head, or trunk and value head, float32."""

@@ -18,14 +18,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nla_hub import yaml_io
-from nla_hub.checkpoints import load_ar, load_av
 from nla_hub.errors import RecipeError, RunError
 from nla_hub.evaluation import get_protocol, run_protocol
 from nla_hub.evaluation.protocol_rows import capture_protocol
-from nla_hub.export import save_ar, save_av, save_source
+from nla_hub.export import save_source
 from nla_hub.injection import Injector
 from nla_hub.nla import NLA
-from nla_hub.pretrained import LoadOptions, load_causal_lm
+from nla_hub.pretrained import load_causal_lm
 from nla_hub.prompts import ARPrompt, AVPrompt
 from nla_hub.sidecar import Sidecar
 from nla_hub.training.ar_regression import train_ar
@@ -37,9 +36,11 @@ from nla_hub.training.data import TrainingRows, make_labeler, read_rows
 from nla_hub.training.data_stage import prepare_rows
 from nla_hub.training.halves import Halves
 from nla_hub.training.labelers import LabelContext, opened
+from nla_hub.training.machine import machine_record
 from nla_hub.training.marker import require_marker
+from nla_hub.training.pair_export import export_pair, pair_options
 from nla_hub.training.recipe import Recipe
-from nla_hub.training.run import LABELS, RunDirectory, StageDirectory, timed, writing_run
+from nla_hub.training.run import LABELS, MACHINE, RunDirectory, StageDirectory, timed, writing_run
 from nla_hub.training.splits import EVALUATION_NAME, require_held_out
 from nla_hub.training.stages import IN_ALL_PROCESSES, Listener, require_stages, stages_of
 from nla_hub.training.state import TrainingState
@@ -111,7 +112,8 @@ class Pipeline:
                 summary = timed(lambda: action(directory))
             else:
                 summary = self.processes.on_main(lambda: timed(lambda: action(directory)))
-            self.processes.on_main(lambda: directory.finish(summary))
+            record = {**summary, MACHINE: machine_record(self.processes)}
+            self.processes.on_main(lambda: directory.finish(record))
         if self.processes.is_main:
             self.listener.done(name, directory.summary())
         return begun
@@ -230,6 +232,11 @@ class Pipeline:
             revision=self.base.digest,
         )
 
+    @cached_property
+    def _rl_sidecars(self) -> tuple[Sidecar, Sidecar]:
+        av, ar = self.sidecars
+        return av.with_(stage="rl"), ar.with_(stage="rl")
+
     # -- the halves ------------------------------------------------------------------------------------------
 
     def _ar(self, directory: StageDirectory) -> dict[str, Any]:
@@ -287,12 +294,11 @@ class Pipeline:
 
         torch.manual_seed(self.recipe.seed)
         watch = self.run.stage("ar").path / WATCH
-        av, ar = (sidecar.with_(stage="rl") for sidecar in self.sidecars)
         summary: dict[str, Any] = train_rl(
             halves=self.halves,
             run_stage=directory,
             base=self.base,
-            sidecars=(av, ar),
+            sidecars=self._rl_sidecars,
             av_directory=self.run.stage("av").checkpoint,
             ar_directory=self.run.stage("ar").checkpoint,
             watch_directory=watch if self.recipe.rl is not None and self.recipe.rl.watch_ar else None,
@@ -308,38 +314,18 @@ class Pipeline:
     # -- the finished pair -----------------------------------------------------------------------------------
 
     def _export(self, directory: StageDirectory) -> dict[str, Any]:
-        dtype, head_dtype = (getattr(torch, name) for name in (self.recipe.export.dtype, self.recipe.export.head_dtype))
         place = directory.checkpoint
-        trained: dict[str, Any] = {
-            "recipe": self.recipe.name,
-            "recipe_hash": self.recipe.digest(),
-            "seed": self.recipe.seed,
-        }
-        av_sidecar, ar_sidecar = self.sidecars
-        av_place, ar_place = (self.run.stage(name).checkpoint for name in ("av", "ar"))
+        sidecars, rl_steps = self.sidecars, None
+        kept = (self.run.stage("av").checkpoint, self.run.stage("ar").checkpoint)
         if self.recipe.rl is not None:
             rl = self.run.stage("rl")
-            trained["rl_steps"] = rl.summary().get("steps", self.recipe.rl.steps)
-            av_sidecar, ar_sidecar = av_sidecar.with_(stage="rl"), ar_sidecar.with_(stage="rl")
-            av_place, ar_place = rl.checkpoint / "av", rl.checkpoint / "ar"
-        extra = {"training": trained, "created_by": "nla-hub"}
-        # In the dtype that is written, as `convert` does: factors are added in float32 and the sum is rounded once.
-        options = LoadOptions(dtype=dtype, device_map={"": "cpu"})
-        av = load_av(self.halves.files(av_place), options)
-        save_av(place / "av", av.model, self.base.tokenizer, av_sidecar.with_(extra=extra), dtype=dtype)
-        ar, head = load_ar(self.halves.files(ar_place), ar_sidecar, options)
-        save_ar(
-            place / "ar",
-            ar.model,
-            head,
-            self.base.tokenizer,
-            ar_sidecar.with_(extra=extra),
-            dtype=dtype,
-            head_dtype=head_dtype,
-        )
+            rl_steps = rl.summary().get("steps", self.recipe.rl.steps)
+            sidecars, kept = self._rl_sidecars, (rl.checkpoint / "av", rl.checkpoint / "ar")
+        export_pair(self.halves, self.base.tokenizer, sidecars, kept, place, rl_steps=rl_steps)
         if self.base.is_made_here:
+            options = pair_options(self.recipe)
             source = load_causal_lm(self.base.directory, options)
-            save_source(place / "source", source.model, self.base.tokenizer, dtype=dtype)
+            save_source(place / "source", source.model, self.base.tokenizer, dtype=options.torch_dtype())
         sizes = {p.name: _bytes(p) for p in sorted(place.iterdir()) if p.is_dir()}
         return {"bytes": sizes}
 

@@ -79,6 +79,16 @@ class Processes:
         torch.distributed.broadcast_object_list(box, src=0)
         return box[0]
 
+    def gather(self, value: T) -> list[T]:
+        """What every process says (pickled), in order of their ranks, in all of them. All must call it."""
+        if self.world == 1:
+            return [value]
+        import torch.distributed
+
+        everywhere: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(everywhere, value)
+        return everywhere
+
     def on_main(self, action: Callable[[], T]) -> T:
         """Run `action` in the main process while the others wait; every process gets what it returned (pickled).
 

@@ -121,8 +121,14 @@ class Recipe:
         return Site(self.layer)
 
     def to_mapping(self) -> dict[str, Any]:
-        """The recipe as plain data, as it is saved."""
-        return schema.to_mapping(self)
+        """The recipe as plain data, as it is saved.
+
+        `rl.export_every` is left out where it asks for nothing: runs of before that setting keep their hash and go on.
+        """
+        found = schema.to_mapping(self)
+        if self.rl is not None and self.rl.export_every is None:
+            del found["rl"]["export_every"]
+        return found
 
     def digest(self) -> str:
         """Eight hexadecimal digits that change with any setting."""

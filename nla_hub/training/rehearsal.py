@@ -163,6 +163,8 @@ def _rl_sizes(rl: RLSpec) -> dict[str, int]:
     """Small sizes that divide each other, as `RLSpec.faults` wants them."""
     sizes = {name: min(most, getattr(rl, name)) for name, most in RL.items()}
     samples = sizes["prompts"] * sizes["group"]
+    if rl.export_every is not None:
+        sizes["export_every"] = 1
     sizes["updates"] = rl.updates if samples % rl.updates == 0 else 1
     part = samples // sizes["updates"]
     sizes["micro_batch"] = max(n for n in range(1, min(RL_MICRO_BATCH, rl.micro_batch) + 1) if part % n == 0)

@@ -25,13 +25,18 @@ from nla_hub.schema import differences
 from nla_hub.training.processes import Processes
 from nla_hub.training.recipe import Recipe
 
-CONFIG, METRICS, DONE, LOCK, STATE = "config.yaml", "metrics.jsonl", "DONE", ".lock", "state"
+CONFIG, METRICS, DONE, LOCK, STATE, STEPS = "config.yaml", "metrics.jsonl", "DONE", ".lock", "state", "steps"
 
 LABELS = "labels"
 """Folder of a run in which a labeler keeps what it was answered."""
 
+MACHINE = "machine"
+"""In a stage's DONE: where it ran (`machine.machine_record`)."""
+
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
 """What a disk says that takes nothing more."""
+
+_STEP = re.compile(r"step-(\d{6,})")
 
 GO_ON = "make room, then run the same command again: it goes on where it stopped"
 
@@ -57,16 +62,21 @@ class StageDirectory:
         """Where a stage keeps what it continues from when it was killed; gone once the stage is done."""
         return self.path / STATE
 
+    @property
+    def steps(self) -> Path:
+        """Where the stage `rl` keeps pairs of earlier steps, for as long as the run is there."""
+        return self.path / STEPS
+
     def begin(self, recipe: Recipe) -> None:
         """Start the stage: what an interrupted attempt left is removed.
 
-        Where it left a `state/` of the same configuration, that and its .jsonl files stay; whoever continues from the
-        state cuts them back to it (`cut_metrics`).
+        Where it left a `state/` of the same configuration, that, its .jsonl files and `steps/` stay; whoever continues from
+        the state cuts them back to it (`cut_metrics`, `rl.steps.StepPairs.cut`).
         """
         config = self.path / CONFIG
         if self.state.is_dir() and config.is_file() and yaml_io.read(config, error=RunError) == recipe.to_mapping():
             for path in self.path.iterdir():
-                if path.name not in (CONFIG, STATE) and path.suffix != ".jsonl":
+                if path.name not in (CONFIG, STATE, STEPS) and path.suffix != ".jsonl":
                     _remove(path)
             return
         _remove(self.path)
@@ -106,6 +116,23 @@ class StageDirectory:
         """What `finish` wrote."""
         found: dict[str, Any] = json.loads((self.path / DONE).read_text(encoding="utf-8"))
         return found
+
+
+def step_name(step: int) -> str:
+    """What a step's folder and its tag are called: "step-000400"."""
+    return f"step-{step:06d}"
+
+
+def step_number(name: str) -> int:
+    """The step of `step_name`."""
+    return int(name.removeprefix("step-"))
+
+
+def step_pairs(stage: StageDirectory) -> Mapping[str, Path]:
+    """The complete pairs of a stage, by the names of their steps and in their order."""
+    places = stage.steps.glob("step-*")
+    found = {place.name: place for place in places if _STEP.fullmatch(place.name) and (place / DONE).is_file()}
+    return {name: found[name] for name in sorted(found, key=step_number)}
 
 
 def _paid(path: Path) -> str:

@@ -189,7 +189,7 @@ def _delta(layer: Any) -> Tensor:
 
 
 def whole_model(model: Any, *, keep: bool) -> Any:
-    """A plain copy of a sharded transformers model on the CPU, factors merged in, where `keep`; None elsewhere.
+    """A plain copy of a transformers model, sharded or not, on the CPU, factors merged in, where `keep`; None elsewhere.
 
     All processes must call it. The copy is what one process would have trained: same class, same names.
     """
@@ -199,8 +199,9 @@ def whole_model(model: Any, *, keep: bool) -> Any:
     inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     with torch.device("meta"):
         plain: Any = plain_class(inner)(inner.config)
+    there = {name for name, _ in plain.named_modules()}  # not peft's own, which are identities too
     for name, module in inner.named_modules():
-        if isinstance(module, nn.Identity):
+        if isinstance(module, nn.Identity) and name in there:
             plain.set_submodule(name, nn.Identity())  # a trunk without its final norm
     plain.load_state_dict(found, assign=True, strict=False)
     plain.tie_weights()

@@ -251,6 +251,7 @@ class RLSpec:
         evaluate_every, evaluate_rows: the greedy measurement on held-out rows of the training stream.
         precision_drop: stop once the facts' mean precision on these rows has fallen this far below its best (tiny world).
         checkpoint_every: steps between checkpoints that a killed run continues from.
+        export_every: steps between pairs that stay in rl/steps, as `export` writes them; each takes a pair's disk. None: none.
         lora: fresh factors on an AV that was fine-tuned as a whole; see `Recipe.lora` for factors in every stage.
     """
 
@@ -280,6 +281,7 @@ class RLSpec:
     evaluate_rows: int = 400
     precision_drop: float | None = None
     checkpoint_every: int = 10
+    export_every: int | None = None
     gradient_checkpointing: bool = False
     reward: RewardSpec = field(default_factory=RewardSpec)
     lora: LoRASpec | None = None
@@ -308,9 +310,10 @@ class RLSpec:
     def faults(self) -> Iterator[str]:
         """Numbers that no training can use, and sizes that do not divide each other."""
         positive = ("documents", "steps", "prompts", "temperature", "max_new_tokens", "updates", "iterations",
-                    "micro_batch", "rollout_block", "clip", "evaluate_every", "evaluate_rows", "checkpoint_every")  # fmt: skip
+                    "micro_batch", "rollout_block", "clip", "evaluate_every", "evaluate_rows", "checkpoint_every",
+                    "export_every")  # fmt: skip
         for name in positive:
-            if not getattr(self, name) > 0:
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 yield f"{name}: got {getattr(self, name)}, expected a value above 0"
         for name in ("lr", "ar_lr", "beta", "warmup", "weight_decay", "ar_warmup", "label_share"):
             if not getattr(self, name) >= 0:

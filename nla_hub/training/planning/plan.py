@@ -140,6 +140,9 @@ class Plan:
             "rl": 0 if recipe.rl is None else FLOAT32 * (av.trained + ar.trained),
             "export": BFLOAT16 * (sizes.av_values + sizes.ar_values),
         }
+        if recipe.rl is not None and recipe.rl.export_every is not None:
+            written = recipe.rl.steps // recipe.rl.export_every
+            found["rl_steps"] = written * found["export"] + min(written, 1) * found["rl"]  # one as the stage keeps it
         state = (1 + MOMENTS) * FLOAT32
         largest = av.trained + ars * ar.trained if recipe.rl is not None else max(av.trained, ar.trained)
         found["checkpoint"] = 2 * state * largest  # the next one is complete before the last one goes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -138,15 +138,6 @@ class TogetherEngine(Engine):
             progress=progress,
         )
         found: dict[int, Completion] = {}
-        for theirs in self._everywhere(list(zip(rows, own, strict=True))):
+        for theirs in self.processes.gather(list(zip(rows, own, strict=True))):
             found.update(theirs)
         return [found[i] for i in range(len(vectors))]
-
-    def _everywhere(self, own: list[tuple[int, Completion]]) -> Sequence[list[tuple[int, Completion]]]:
-        if self.processes.world == 1:
-            return [own]
-        import torch.distributed
-
-        everywhere: list[Any] = [None] * self.processes.world
-        torch.distributed.all_gather_object(everywhere, own)
-        return everywhere

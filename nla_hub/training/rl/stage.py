@@ -23,12 +23,14 @@ from nla_hub.training.base import Base
 from nla_hub.training.data import TrainingRows
 from nla_hub.training.halves import Halves
 from nla_hub.training.loop import Report
+from nla_hub.training.pair_export import export_pair
 from nla_hub.training.processes import Processes
 from nla_hub.training.recipe import Recipe, RLSpec
 from nla_hub.training.rl.dev_eval import DevEvaluation
 from nla_hub.training.rl.live_ar import LiveAR
 from nla_hub.training.rl.monitor import Alarm, Monitor
 from nla_hub.training.rl.samplers import TogetherEngine, sampler
+from nla_hub.training.rl.steps import StepPairs
 from nla_hub.training.run import StageDirectory
 from nla_hub.training.sharding import is_sharded
 from nla_hub.training.splits import data_splits, split_documents
@@ -134,16 +136,24 @@ def train_rl(
         execution=execution,
     )
     keep_curves(trainer, run_stage.path.parent / CURVES)
-    stage = Conductor(trainer, spec, evaluation, run_stage, report, processes)
+
+    def keep(place: Path) -> None:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        switched, model.config.use_cache = model.config.use_cache, use_cache  # the Trainer switches it off
+        halves.write_av(place / "av", model, tokenizer, av_sidecar)
+        model.config.use_cache = switched
+        halves.write_ar(place / "ar", trainer.scoring.ar.model, tokenizer, ar_sidecar)
+
+    def export(kept: Path, place: Path, step: int) -> None:
+        export_pair(halves, tokenizer, sidecars, (kept / "av", kept / "ar"), place, rl_steps=step)
+
+    pairs = StepPairs(run_stage, spec.export_every, keep, export, processes)
+    stage = Conductor(trainer, spec, evaluation, run_stage, report, processes, pairs=pairs)
     try:
         summary = stage.run()
     finally:
         trainer.engine.close()  # vLLM would keep its share of the device
-
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    model.config.use_cache = use_cache  # the Trainer switches it off
-    halves.write_av(run_stage.checkpoint / "av", model, tokenizer, av_sidecar)
-    halves.write_ar(run_stage.checkpoint / "ar", trainer.scoring.ar.model, tokenizer, ar_sidecar)
+    keep(run_stage.checkpoint)
     return summary
 
 
@@ -183,9 +193,11 @@ class Conductor:
         stage: StageDirectory,
         report: Report,
         processes: Processes,
+        *,
+        pairs: StepPairs | None = None,
     ) -> None:
         self.trainer, self.spec, self.evaluation, self.stage, self.report = trainer, spec, evaluation, stage, report
-        self.processes = processes
+        self.processes, self.pairs = processes, pairs
         self.monitor = Monitor(precision_drop=spec.precision_drop)
         self.before, self.started = 0.0, time.perf_counter()
         self.done = 0
@@ -202,7 +214,7 @@ class Conductor:
         if place is not None:
             self._restore(place)
         known = -1 if place is None else self.done  # the evaluation before the first step has number 0
-        self.processes.on_main(lambda: self.stage.cut_metrics(known))
+        self.processes.on_main(lambda: self._cut(known))
         if place is None:
             self._evaluate(0)
         self.trainer.add_callback(StepCallback(self))
@@ -220,6 +232,12 @@ class Conductor:
             "alarms": self.alarms,
             **{name: self.last.get(name) for name in ("fve", "cosine")},
         }
+
+    def _cut(self, step: int) -> None:
+        """Remove what an earlier attempt left of the steps after `step`."""
+        self.stage.cut_metrics(step)
+        if self.pairs is not None:
+            self.pairs.cut(step)
 
     @property
     def seconds(self) -> float:
@@ -243,6 +261,8 @@ class Conductor:
         final = self.done == self.spec.steps
         if final or self.done % self.spec.evaluate_every == 0:
             self._evaluate(self.done)
+        if self.pairs is not None:
+            self.pairs.after(self.done)  # before the checkpoint: a run that goes on from there has all of them
         stop = self.stopped_by is not None
         save = stop or final or self.done % self.spec.checkpoint_every == 0
         return self.processes.share((save, stop))

@@ -1,8 +1,6 @@
-"""Model cards, rendered from measured results.
+"""The card of the packaged pair, rendered from `model_cards/tiny/eval.json` and `model_cards/tiny/steering.json`.
 
-`python -m nla_hub.publish.card` prints the card of the packaged pair from `model_cards/tiny/eval.json` and
-`model_cards/tiny/steering.json`, which `nla-hub eval tiny --source-check --sampled --json` and `nla-hub steer --table --json`
-write. A stale card fails the tests.
+`nla-hub eval tiny --source-check --sampled --json` and `nla-hub steer --table --json` write the two.
 """
 
 from __future__ import annotations
@@ -110,7 +108,3 @@ def steering_section(table: dict[str, Any]) -> str:
         "`model_cards/tiny/steering.json`."
     )
     return f"{explanation}\n\n{markdown_table(columns, rows)}\n"
-
-
-if __name__ == "__main__":
-    print(tiny_card(), end="")
