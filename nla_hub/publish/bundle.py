@@ -21,7 +21,7 @@ from nla_hub.log import logger
 from nla_hub.opening import hub_name
 from nla_hub.prompts import AVPrompt
 from nla_hub.publish import card, licences, naming
-from nla_hub.publish.facts import Form, Licence, Quantised, ReleaseFacts, ReleaseNames
+from nla_hub.publish.facts import Effort, Form, Licence, Quantised, ReleaseFacts, ReleaseNames
 from nla_hub.publish.forms import ROLES, Prepared, prepare
 from nla_hub.publish.found import Found
 from nla_hub.publish.half_files import GENERATION, generation_config, half_entries
@@ -103,7 +103,7 @@ def stage_steps(found: Found, wanted: Wanted, *, options: HubOptions, work: Path
     """
     steps = _steps(found, wanted)
     run = _run_facts(found) if steps else None
-    told = None if run is None else replace(run, evaluation=None)
+    told = None if run is None else replace(run, evaluation=None, effort=Effort({}, None, None))  # the whole run's
     return [
         _staged(
             replace(found, path=place, av=place / "av", ar=place / "ar", kind="pair", steps={}),
