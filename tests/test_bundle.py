@@ -20,10 +20,10 @@ from wild import TEXTS, World, one_directory, shard, two_directories, vectors
 from nla_hub import NLA, hub
 from nla_hub.errors import HubNotFoundError, PublishError
 from nla_hub.hub import HubOptions, Listing
-from nla_hub.publish import bundle, forms
-from nla_hub.publish.bundle import Wanted, stage, stage_steps
-from nla_hub.publish.found import find
 from nla_hub.publish.release import Entry, Release, StagedRepo
+from nla_hub.publish.staging import bundle, forms
+from nla_hub.publish.staging.bundle import Wanted, stage, stage_steps
+from nla_hub.publish.staging.found import find
 from nla_hub.sidecar import Sidecar
 
 WANTED = Wanted(owner="me", licence="apache-2.0")

@@ -21,11 +21,11 @@ import nla_hub
 from nla_hub import NLA
 from nla_hub.errors import GateFailedError, MissingExtraError, PublishError
 from nla_hub.opening import Half
-from nla_hub.publish import packed
-from nla_hub.publish.bundle import Wanted, stage, stage_steps
-from nla_hub.publish.forms import opened, prepare
-from nla_hub.publish.found import find
 from nla_hub.publish.release import Release
+from nla_hub.publish.staging import packed
+from nla_hub.publish.staging.bundle import Wanted, stage, stage_steps
+from nla_hub.publish.staging.forms import opened, prepare
+from nla_hub.publish.staging.found import find
 from nla_hub.testing import random_pair
 
 pytest.importorskip("peft", reason="peft writes the factors")

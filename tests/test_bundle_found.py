@@ -13,7 +13,7 @@ from test_bundle import tree
 from wild import World, one_directory, run_folders, two_directories
 
 from nla_hub.errors import PublishError
-from nla_hub.publish.found import Found, find
+from nla_hub.publish.staging.found import Found, find
 
 STAGES = ("source", "data", "ar", "av", "rl", "export", "eval")
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from nla_hub.errors import PublishError
 from nla_hub.locate import resolve_pair
 from nla_hub.publish.facts import Form, Licence, Quantised
-from nla_hub.publish.naming import LONGEST, chosen_names, data_name, default_names, short_name
+from nla_hub.publish.staging.naming import LONGEST, chosen_names, data_name, default_names, short_name
 from nla_hub.sidecar import Site
 from nla_hub.zoo import zoo
 

@@ -12,7 +12,7 @@ from nla_hub import hub
 from nla_hub.errors import HubGatedError, PublishError
 from nla_hub.hub import HubOptions, Listing
 from nla_hub.locate import Ref
-from nla_hub.publish.licences import GEMMA_TERMS, Source, attributions, licence_of, parsed
+from nla_hub.publish.staging.licences import GEMMA_TERMS, Source, attributions, licence_of, parsed
 from nla_hub.training.recipe import load_recipe, recipe_names
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -35,15 +35,16 @@ from nla_hub.explain.result import read_part
 from nla_hub.explain.schema import part_name
 from nla_hub.hub import HubOptions
 from nla_hub.hub.writing import HubWriter
-from nla_hub.publish import bundle, datasets, evaluation_set, explanations
-from nla_hub.publish.bundle import Wanted
 from nla_hub.publish.card import metadata_faults
-from nla_hub.publish.explanations import require_finished
+from nla_hub.publish.data import datasets, evaluation_set, explanations
+from nla_hub.publish.data.explanations import require_finished
 from nla_hub.publish.facts import ReleaseFacts
-from nla_hub.publish.found import Found, find
 from nla_hub.publish.prepare import push_found
 from nla_hub.publish.push import PushOptions, push
 from nla_hub.publish.release import Release, StagedRepo
+from nla_hub.publish.staging import bundle
+from nla_hub.publish.staging.bundle import Wanted
+from nla_hub.publish.staging.found import Found, find
 from nla_hub.sidecar import Site
 from nla_hub.tiny import documents
 from nla_hub.training.data import TrainingRows, write_rows
@@ -477,7 +478,7 @@ def test_activations_that_must_not_go_out_are_refused(vectors_dir: Path, oddity:
 
 
 def test_vectors_of_a_slice_are_those_of_the_slice() -> None:
-    from nla_hub.publish.columns import vectors_in
+    from nla_hub.publish.data.columns import vectors_in
 
     values = np.arange(40, dtype=np.float32).reshape(5, 8)
     column = pa.array(list(values), pa.list_(pa.float32(), 8))

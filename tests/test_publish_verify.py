@@ -21,14 +21,14 @@ from safetensors.torch import save, save_file
 from nla_hub import yaml_io
 from nla_hub.errors import PublishError
 from nla_hub.hub import HubOptions
-from nla_hub.publish import bundle
-from nla_hub.publish.coverage import factor_faults
 from nla_hub.publish.facts import ReleaseFacts
-from nla_hub.publish.found import find
-from nla_hub.publish.papers import card_faults, name_faults
+from nla_hub.publish.guards.coverage import factor_faults
+from nla_hub.publish.guards.papers import card_faults, name_faults
+from nla_hub.publish.guards.stored import CHUNK, StoredFile
+from nla_hub.publish.guards.verify import require_whole
 from nla_hub.publish.release import Entry, Release, StagedRepo
-from nla_hub.publish.stored import CHUNK, StoredFile
-from nla_hub.publish.verify import require_whole
+from nla_hub.publish.staging import bundle
+from nla_hub.publish.staging.found import find
 from nla_hub.sidecar import ReleaseRecord, Score, Sidecar
 
 TINY = Path(__file__).resolve().parents[1] / "nla_hub" / "tiny" / "weights"

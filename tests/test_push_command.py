@@ -26,11 +26,11 @@ from nla_hub.cli.app import app
 from nla_hub.errors import InputError, NLAError, PublishError
 from nla_hub.hub import HubOptions
 from nla_hub.hub.writing import HubWriter
-from nla_hub.publish.bundle import Wanted, stage
 from nla_hub.publish.check import TOLERANCE, Figures, figures
-from nla_hub.publish.found import find
 from nla_hub.publish.plan import PushOptions, lines, look, make_plan
 from nla_hub.publish.prepare import push_found
+from nla_hub.publish.staging.bundle import Wanted, stage
+from nla_hub.publish.staging.found import find
 from nla_hub.round_trip import TEXTS
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -325,8 +325,8 @@ KILLS: dict[str, tuple[str, dict[str, Any]]] = {
     "before a tag": ("tag", {"repo": AR}),
 }
 MORE_KILLS: dict[str, tuple[str, dict[str, Any]]] = {
-    "before a repository is made": ("create", {"repo": AV}),
-    "after a repository is made": ("create", {"repo": AR, "applied": True}),
+    "before a repository is made": ("create", {"skip": 1}),
+    "after a repository is made": ("create", {"applied": True}),
     "before a branch": ("branch", {"repo": AR}),
     "after a branch": ("branch", {"repo": AV, "applied": True}),
     "before the Hub is told of large files": ("lfs-batch", {"repo": AR}),

@@ -25,7 +25,7 @@ from test_training_processes import environments
 from nla_hub.errors import RecipeError, RunError
 from nla_hub.nla import NLA
 from nla_hub.pretrained import LoadOptions, load_causal_lm
-from nla_hub.publish.run_facts import run_facts
+from nla_hub.publish.staging.run_facts import run_facts
 from nla_hub.sidecar import Sidecar
 from nla_hub.training import pair_export
 from nla_hub.training.lora_training import add_factors, carries_factors, factors

@@ -16,7 +16,7 @@ import pytest
 from nla_hub import resources, yaml_io
 from nla_hub.errors import RunError
 from nla_hub.evaluation import EvalResult
-from nla_hub.publish.run_facts import RunFacts, labels_in_words, public_config, run_facts
+from nla_hub.publish.staging.run_facts import RunFacts, labels_in_words, public_config, run_facts
 from nla_hub.training.machine import device_name, machine_record
 from nla_hub.training.processes import Processes
 from nla_hub.training.recipe import Recipe, load_recipe, parse_recipe, recipe_names
@@ -158,7 +158,7 @@ def test_reading_needs_no_torch_and_no_right_to_write(tmp_path: Path) -> None:
     for path in before:
         path.chmod(path.stat().st_mode & ~(stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH))
     code = (
-        "import sys; from pathlib import Path; import nla_hub.publish.run_facts as module; "
+        "import sys; from pathlib import Path; import nla_hub.publish.staging.run_facts as module; "
         "assert 'torch' not in sys.modules; module.read_run(Path(sys.argv[1])); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, str(run)], check=True, timeout=120)

@@ -26,12 +26,12 @@ from safetensors.torch import save_file
 
 from nla_hub import resources
 from nla_hub.errors import PublishError
-from nla_hub.publish import scrub
-from nla_hub.publish.content import Rules, secrets_of
+from nla_hub.publish.guards import scrub
+from nla_hub.publish.guards.content import Rules, secrets_of
+from nla_hub.publish.guards.scrub import mask, require_clean
+from nla_hub.publish.guards.secret_forms import LOOK_AHEAD, TOKENS, TRACES
+from nla_hub.publish.guards.secrets import kinds_in, search, tokens_in
 from nla_hub.publish.release import Entry, Release, RepoKind, StagedRepo
-from nla_hub.publish.scrub import mask, require_clean
-from nla_hub.publish.secret_forms import LOOK_AHEAD, TOKENS, TRACES
-from nla_hub.publish.secrets import kinds_in, search, tokens_in
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "nla_hub" / "tiny" / "weights"

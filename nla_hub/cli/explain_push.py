@@ -48,10 +48,10 @@ class PushTo:
         """
         from nla_hub.hub import HubOptions
         from nla_hub.hub.writing import HubWriter
-        from nla_hub.publish.datasets import required_licence
-        from nla_hub.publish.naming import data_name
+        from nla_hub.publish.data.datasets import required_licence
         from nla_hub.publish.plan import PushOptions, make_plan
         from nla_hub.publish.release import Release, StagedRepo
+        from nla_hub.publish.staging.naming import data_name
 
         if not self.yes and not (sys.stdin.isatty() and sys.stderr.isatty()):
             raise typer.BadParameter(
@@ -79,8 +79,8 @@ class PushTo:
         from nla_hub.hub import HubOptions
         from nla_hub.hub.writing import HubWriter
         from nla_hub.publish import prepare
-        from nla_hub.publish.found import find
         from nla_hub.publish.plan import PushOptions
+        from nla_hub.publish.staging.found import find
 
         hub = HubOptions()
         writer = HubWriter(hub)

@@ -149,8 +149,8 @@ def push(
     from nla_hub.hub import HubOptions
     from nla_hub.hub.writing import HubWriter
     from nla_hub.publish import prepare
-    from nla_hub.publish.found import find
     from nla_hub.publish.plan import PushOptions
+    from nla_hub.publish.staging.found import find
 
     found = find(_directory(source))
     options = PushOptions(

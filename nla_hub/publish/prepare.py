@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING, Any
 from nla_hub.errors import HubError, InputError, PublishError
 from nla_hub.hub import HubOptions
 from nla_hub.hub.writing import HubWriter
-from nla_hub.publish import bundle, datasets, naming, scrub, verify
-from nla_hub.publish.bundle import Wanted
 from nla_hub.publish.check import LocalPair
+from nla_hub.publish.data import datasets
 from nla_hub.publish.facts import Form, Quantised
-from nla_hub.publish.found import EXPORT, Found, find
+from nla_hub.publish.guards import scrub, verify
 from nla_hub.publish.plan import BRANCHES, Plan, PushOptions, Verify, look, make_plan, unasked_plan
 from nla_hub.publish.push import Listener, Pushed, push
 from nla_hub.publish.release import Release
+from nla_hub.publish.staging import bundle, naming
+from nla_hub.publish.staging.bundle import Wanted
+from nla_hub.publish.staging.found import EXPORT, Found, find
 
 if TYPE_CHECKING:
     from nla_hub.loading import Pair

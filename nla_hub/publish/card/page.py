@@ -20,8 +20,8 @@ from nla_hub.publish.card.snippets import unpacked_by, with_nla_hub, with_transf
 from nla_hub.publish.card.templates import card, render
 from nla_hub.publish.card.text import CONTEXT_CHARACTERS, SAMPLE_CHARACTERS, code, fenced, inline, table, visible
 from nla_hub.publish.facts import Effort, Form, Licence, Quantised, RecipeFacts, ReleaseFacts, ReleaseNames
-from nla_hub.publish.licences import META
 from nla_hub.publish.release import RepoRole
+from nla_hub.publish.staging.licences import META
 from nla_hub.sidecar import Role, Score
 
 NOT_KNOWN = "not known"

@@ -6,9 +6,9 @@ from nla_hub.publish.card.contract import Contract
 from nla_hub.publish.card.page import Page
 from nla_hub.publish.card.text import code, inline
 from nla_hub.publish.facts import Licence, RecipeFacts, ReleaseNames
-from nla_hub.publish.licences import META, attributions
-from nla_hub.publish.naming import stem
-from nla_hub.publish.run_facts import labels_in_words, public_config
+from nla_hub.publish.staging.licences import META, attributions
+from nla_hub.publish.staging.naming import stem
+from nla_hub.publish.staging.run_facts import labels_in_words, public_config
 from nla_hub.sidecar import Injection, Site, base_family
 from nla_hub.training.recipe import AUTO, Recipe, load_recipe
 from nla_hub.zoo import ZooEntry, zoo

@@ -15,7 +15,7 @@ from nla_hub.evaluation.render import (
 )
 from nla_hub.evaluation.result import Example
 from nla_hub.publish.card.text import beginning, code, ending, inline, prose, table
-from nla_hub.publish.scrub import mask
+from nla_hub.publish.guards.scrub import mask
 from nla_hub.sidecar import Score
 
 BASELINES = {"raw_variance": "raw variance", "mean_norm": "mean-norm"}

@@ -63,7 +63,7 @@ def with_transformers(
 
 def unpacked_by(quantised: Quantised) -> str:
     """The distribution that transformers needs to load packed weights."""
-    from nla_hub.publish.packed import PACKAGES
+    from nla_hub.publish.staging.packed import PACKAGES
 
     return PACKAGES[quantised][1]
 

@@ -33,9 +33,9 @@ from nla_hub.locate import Ref
 from nla_hub.opening import Half
 from nla_hub.pretrained import TORCH_DTYPES, LoadOptions, load_causal_lm
 from nla_hub.publish.facts import Quantised
-from nla_hub.publish.forms import ROLES, Prepared, opened, stored_bytes
-from nla_hub.publish.half_files import CONFIG, GENERATION, TOKENIZER, as_json
-from nla_hub.publish.measured import count_values
+from nla_hub.publish.staging.forms import ROLES, Prepared, opened, stored_bytes
+from nla_hub.publish.staging.half_files import CONFIG, GENERATION, TOKENIZER, as_json
+from nla_hub.publish.staging.measured import count_values
 from nla_hub.reconstructor import Reconstructor
 from nla_hub.round_trip import TEXTS
 from nla_hub.sidecar import Role

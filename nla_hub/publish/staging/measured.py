@@ -15,10 +15,10 @@ from nla_hub.evaluation.protocols import PROTOCOLS
 from nla_hub.log import logger
 from nla_hub.opening import Half
 from nla_hub.publish.facts import Quantised
-from nla_hub.publish.forms import ROLES, Prepared
-from nla_hub.publish.found import Found
-from nla_hub.publish.half_files import weight_files
-from nla_hub.publish.run_facts import RunFacts
+from nla_hub.publish.staging.forms import ROLES, Prepared
+from nla_hub.publish.staging.found import Found
+from nla_hub.publish.staging.half_files import weight_files
+from nla_hub.publish.staging.run_facts import RunFacts
 from nla_hub.sidecar import Score
 from nla_hub.training.splits import EVALUATION_NAME
 from nla_hub.weights import HEAD_NAME, StoredTensor, read_header

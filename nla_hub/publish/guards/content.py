@@ -18,9 +18,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nla_hub.publish.guards.secret_forms import TOKENS, Rule
+from nla_hub.publish.guards.secrets import Finding, search
 from nla_hub.publish.release import Entry
-from nla_hub.publish.secret_forms import TOKENS, Rule
-from nla_hub.publish.secrets import Finding, search
 from nla_hub.weights import PICKLED
 
 LARGEST_HEADER = 100_000_000

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from nla_hub.publish.secret_forms import Kind, Rule, place_rule, value_rule
+from nla_hub.publish.guards.secret_forms import Kind, Rule, place_rule, value_rule
 
 _SECRET_VARIABLE = re.compile(
     r"(?:^|_)(?:TOKEN|API_?KEY|ACCESS_KEY(?:_ID)?|SECRET(?:_KEY)?|PASSWORD|PASSWD)$", re.IGNORECASE

@@ -15,15 +15,15 @@ from nla_hub.hub import HubOptions
 from nla_hub.log import logger
 from nla_hub.nla import NLA
 from nla_hub.opening import hub_name
-from nla_hub.publish import activations, evaluation_set, explanations
-from nla_hub.publish.bundle import CARD_NAME, Wanted
-from nla_hub.publish.columns import Against
-from nla_hub.publish.dataset_cards import activations_card, explanations_card
+from nla_hub.publish.data import activations, evaluation_set, explanations
+from nla_hub.publish.data.columns import Against
+from nla_hub.publish.data.dataset_cards import activations_card, explanations_card
 from nla_hub.publish.facts import Licence, ReleaseFacts
-from nla_hub.publish.found import Found
-from nla_hub.publish.licences import parsed
-from nla_hub.publish.naming import data_name
 from nla_hub.publish.release import Entry, Release, StagedRepo, release_id
+from nla_hub.publish.staging.bundle import CARD_NAME, Wanted
+from nla_hub.publish.staging.found import Found
+from nla_hub.publish.staging.licences import parsed
+from nla_hub.publish.staging.naming import data_name
 from nla_hub.training.splits import EVALUATION_NAME
 
 ROW_BYTES, SIDECAR_BYTES, CARD_BYTES = 2000, 1000, 4000

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from nla_hub.publish.secret_forms import LOOK_AHEAD, LOOK_BACK, TOKENS, TRACES, Rule
+from nla_hub.publish.guards.secret_forms import LOOK_AHEAD, LOOK_BACK, TOKENS, TRACES, Rule
 
 
 @dataclass(frozen=True)

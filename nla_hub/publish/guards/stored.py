@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nla_hub.publish.content import LARGEST_HEADER
+from nla_hub.publish.guards.content import LARGEST_HEADER
 from nla_hub.publish.release import Entry
 from nla_hub.weights import is_finite
 

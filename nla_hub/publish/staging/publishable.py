@@ -10,9 +10,9 @@ from nla_hub import layouts
 from nla_hub.errors import PublishError
 from nla_hub.layouts import Form
 from nla_hub.opening import hub_name
-from nla_hub.publish.forms import ROLES, Prepared
-from nla_hub.publish.found import Found
-from nla_hub.publish.half_files import strangers, weight_files
+from nla_hub.publish.staging.forms import ROLES, Prepared
+from nla_hub.publish.staging.found import Found
+from nla_hub.publish.staging.half_files import strangers, weight_files
 from nla_hub.sidecar import EXPLANATION_PLACEHOLDER, INJECTION_PLACEHOLDER, Role, Sidecar
 
 

@@ -20,15 +20,16 @@ from nla_hub.locate import Ref, parse_name
 from nla_hub.log import logger
 from nla_hub.opening import hub_name
 from nla_hub.prompts import AVPrompt
-from nla_hub.publish import card, licences, naming
+from nla_hub.publish import card
 from nla_hub.publish.facts import Effort, Form, Licence, Quantised, ReleaseFacts, ReleaseNames
-from nla_hub.publish.forms import ROLES, Prepared, prepare
-from nla_hub.publish.found import Found
-from nla_hub.publish.half_files import GENERATION, generation_config, half_entries
-from nla_hub.publish.measured import dtypes_of, evaluated, rounded, values_of
-from nla_hub.publish.publishable import lies_in, require_publishable
 from nla_hub.publish.release import Entry, Release, RepoRole, StagedRepo, release_id
-from nla_hub.publish.run_facts import RunFacts, run_facts
+from nla_hub.publish.staging import licences, naming
+from nla_hub.publish.staging.forms import ROLES, Prepared, prepare
+from nla_hub.publish.staging.found import Found
+from nla_hub.publish.staging.half_files import GENERATION, generation_config, half_entries
+from nla_hub.publish.staging.measured import dtypes_of, evaluated, rounded, values_of
+from nla_hub.publish.staging.publishable import lies_in, require_publishable
+from nla_hub.publish.staging.run_facts import RunFacts, run_facts
 from nla_hub.sidecar import (
     SIDECAR_NAME,
     ReferenceRecord,

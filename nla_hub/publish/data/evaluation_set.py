@@ -23,7 +23,7 @@ from nla_hub.explain.inputs.tables import CONTEXT, LAYER, LENGTH, VECTOR
 from nla_hub.hub import HubOptions
 from nla_hub.hub.data_files import dataset_files, open_dataset_file
 from nla_hub.hub.writing import HubWriter
-from nla_hub.publish.activations import DOCUMENT, sidecar_of
+from nla_hub.publish.data.activations import DOCUMENT, sidecar_of
 from nla_hub.publish.plan import BRANCHES
 from nla_hub.training.data import write_meta, write_tables
 

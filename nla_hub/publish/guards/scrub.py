@@ -13,10 +13,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from nla_hub.errors import PublishError, WeightsError
-from nla_hub.publish import secrets, this_machine
-from nla_hub.publish.content import OTHER_WEIGHTS, PICKLE_SUFFIXES, Rules, code_in, head_of, is_executable, secrets_of
+from nla_hub.publish.guards import secrets, this_machine
+from nla_hub.publish.guards.content import (
+    OTHER_WEIGHTS,
+    PICKLE_SUFFIXES,
+    Rules,
+    code_in,
+    head_of,
+    is_executable,
+    secrets_of,
+)
+from nla_hub.publish.guards.secret_forms import EMAILS, PATHS, RUN_IDS, TOKENS
 from nla_hub.publish.release import Entry, Release, RepoKind
-from nla_hub.publish.secret_forms import EMAILS, PATHS, RUN_IDS, TOKENS
 from nla_hub.training.run import LABELS, STATE
 from nla_hub.training.stages import STAGES
 from nla_hub.weights import inside, shorten

@@ -19,7 +19,7 @@ from nla_hub.explain.result import JobResult, read_part
 from nla_hub.explain.schema import JOB, MANIFEST, PARTS, VECTORS, block_of, part_name, vector_schema
 from nla_hub.explain.tally import BASELINES, Tally
 from nla_hub.geometry import COSINE_UNUSABLE, FVE
-from nla_hub.publish.columns import Against, Faults, batches, schema_of, text_faults, vector_faults, vector_width
+from nla_hub.publish.data.columns import Against, Faults, batches, schema_of, text_faults, vector_faults, vector_width
 from nla_hub.publish.release import Entry
 
 SAMPLE_RANKS = (0.0, 0.25, 0.5, 0.75, 1.0)

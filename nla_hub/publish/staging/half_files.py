@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from nla_hub.layouts import ADAPTER_WEIGHTS_NAME, AR_LORA_NAME, AR_META_NAME, Form
-from nla_hub.publish.licences import PAPER
 from nla_hub.publish.release import Entry
+from nla_hub.publish.staging.licences import PAPER
 from nla_hub.sidecar import SIDECAR_NAME, Role
 from nla_hub.training.contract import REFERENCE_NAME
 from nla_hub.weights import ADAPTER_CONFIG_NAME, HEAD_NAME, INDEX_NAME, WEIGHTS_NAME

@@ -17,8 +17,8 @@ from nla_hub.loading import Pair, denies_head, open_pair
 from nla_hub.locate import Ref, resolve_pair
 from nla_hub.opening import Half
 from nla_hub.publish.facts import Form, Quantised
-from nla_hub.publish.found import Found
-from nla_hub.publish.half_files import weight_files
+from nla_hub.publish.staging.found import Found
+from nla_hub.publish.staging.half_files import weight_files
 from nla_hub.sidecar import Role
 from nla_hub.weights import INDEX_NAME, WEIGHTS_NAME, WeightIndex, matches
 
@@ -99,7 +99,7 @@ def prepare(
         done = _rewritten(done, av, ar, base, options, work, changed=stored == "lora")
     if quantised is None:
         return done
-    from nla_hub.publish.packed import packed
+    from nla_hub.publish.staging.packed import packed
 
     return packed(done, quantised, base=base, options=options, work=work)
 

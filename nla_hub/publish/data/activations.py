@@ -20,7 +20,7 @@ from nla_hub import yaml_io
 from nla_hub.errors import PublishError, SidecarError
 from nla_hub.explain.inputs.dataset import SIDECAR_SUFFIX
 from nla_hub.explain.inputs.tables import CONTEXT, LAYER, LENGTH, VECTOR
-from nla_hub.publish.columns import Against, Faults, batches, schema_of, text_faults, vector_faults, vector_width
+from nla_hub.publish.data.columns import Against, Faults, batches, schema_of, text_faults, vector_faults, vector_width
 from nla_hub.publish.release import Entry
 from nla_hub.sidecar_dialects import present
 

@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 import pyarrow.types as pt
 
 from nla_hub.errors import PublishError
-from nla_hub.publish.scrub import own_rules
-from nla_hub.publish.secret_forms import TOKENS, Rule
-from nla_hub.publish.secrets import kinds_in
-from nla_hub.publish.this_machine import own_tokens
+from nla_hub.publish.guards.scrub import own_rules
+from nla_hub.publish.guards.secret_forms import TOKENS, Rule
+from nla_hub.publish.guards.secrets import kinds_in
+from nla_hub.publish.guards.this_machine import own_tokens
 
 BATCH_ROWS = 1024
 """Rows that are held at a time."""

@@ -19,11 +19,11 @@ from nla_hub.errors import NLAError, PublishError
 from nla_hub.layouts import ADAPTER_WEIGHTS_NAME, AR_LORA_NAME, AR_META_NAME
 from nla_hub.pretrained import GENERATION_CONFIG_NAME, load_config, load_tokenizer
 from nla_hub.prompts import ARPrompt, AVPrompt
-from nla_hub.publish import coverage, papers
 from nla_hub.publish.facts import ReleaseFacts
-from nla_hub.publish.half_files import CONFIG, TOKENIZER
+from nla_hub.publish.guards import coverage, papers
+from nla_hub.publish.guards.stored import StoredFile
 from nla_hub.publish.release import Entry, Release, StagedRepo
-from nla_hub.publish.stored import StoredFile
+from nla_hub.publish.staging.half_files import CONFIG, TOKENIZER
 from nla_hub.sidecar import SIDECAR_NAME, Role, Sidecar
 from nla_hub.training.contract import REFERENCE_NAME
 from nla_hub.weights import ADAPTER_CONFIG_NAME, INDEX_NAME, shorten

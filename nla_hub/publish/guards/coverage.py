@@ -16,8 +16,8 @@ import torch
 from nla_hub.adapters import Adapter
 from nla_hub.checkpoints import HEAD_PREFIX
 from nla_hub.layouts import ADAPTER_WEIGHTS_NAME, AR_LORA_NAME
+from nla_hub.publish.guards.stored import Part, StoredFile
 from nla_hub.publish.release import Entry
-from nla_hub.publish.stored import Part, StoredFile
 from nla_hub.sidecar import Role, Sidecar
 from nla_hub.weights import ADAPTER_CONFIG_NAME, HEAD_NAME, INDEX_NAME, WEIGHTS_NAME, matches
 

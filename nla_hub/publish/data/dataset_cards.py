@@ -8,13 +8,13 @@ from typing import Any
 
 from nla_hub.evaluation.render import number
 from nla_hub.explain.schema import COLUMNS, JOB, MANIFEST, PARTS, VECTORS
-from nla_hub.publish.activations import ActivationFacts
 from nla_hub.publish.card import dataset_card, size_category
 from nla_hub.publish.card.text import beginning, code, ending, inline, table
-from nla_hub.publish.evaluation_set import COLUMNS as EVALUATION_COLUMNS
-from nla_hub.publish.explanations import SAMPLE_RANKS, JobFacts, Sample
+from nla_hub.publish.data.activations import ActivationFacts
+from nla_hub.publish.data.evaluation_set import COLUMNS as EVALUATION_COLUMNS
+from nla_hub.publish.data.explanations import SAMPLE_RANKS, JobFacts, Sample
 from nla_hub.publish.facts import Licence
-from nla_hub.publish.scrub import mask
+from nla_hub.publish.guards.scrub import mask
 
 TAGS = ("nla", "interpretability")
 

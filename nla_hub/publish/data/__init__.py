@@ -1,0 +1,1 @@
+"""Data sets: explanations of a job, activations, the evaluation set."""

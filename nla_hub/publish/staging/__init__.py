@@ -1,0 +1,1 @@
+"""What is to be published: what lies in a directory, under which names and licence, in which form."""
