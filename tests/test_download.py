@@ -388,6 +388,12 @@ def test_both_halves_in_one_repository(
     assert explained("./pair") == [e.raw for e in llama.nla.explain([TEXT], temperature=0, max_new_tokens=8)]
 
 
+def test_two_files_of_one_content_both_arrive(world: HubWorld) -> None:
+    world.seed(AV, {"README.md": b"the same", "USE_POLICY.md": b"the same"})
+    done(AV, "--to", "pair", "--half", "av")
+    assert {Path("pair/av", name).read_text() for name in ("README.md", "USE_POLICY.md")} == {"the same"}
+
+
 def test_a_directory_and_an_unknown_name(world: HubWorld) -> None:
     assert "nothing to download" in refused("./x")
     assert "did you mean 'qwen2.5-7b'" in refused("qwen2.5-7")

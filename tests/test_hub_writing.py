@@ -29,8 +29,6 @@ from nla_hub.hub.commits import first_batch
 from nla_hub.hub.write_refusals import PATIENCE, TRIES
 from nla_hub.hub.writing import HubWriter, Outgoing, RepoKind
 
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
-
 REPO = "owner/nla-x-av"
 PART = 3000
 """Bytes of one part of an upload here: one of the files below is sent whole, one in parts."""

@@ -49,8 +49,6 @@ from nla_hub.sidecar import Site
 from nla_hub.tiny import documents
 from nla_hub.training.data import TrainingRows, write_rows
 
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
-
 PAIR = Path(nla_hub.__file__).parent / "tiny" / "weights"
 LICENCE = "cc-by-4.0"
 REPO = "owner/some-rows"

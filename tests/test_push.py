@@ -20,8 +20,6 @@ from nla_hub.publish.plan import PushOptions, branch_of, lines, make_plan, unask
 from nla_hub.publish.push import push
 from nla_hub.publish.release import Release
 
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
-
 
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubWorld]:

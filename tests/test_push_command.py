@@ -33,8 +33,6 @@ from nla_hub.publish.staging.bundle import Wanted, stage
 from nla_hub.publish.staging.found import find
 from nla_hub.round_trip import TEXTS
 
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
-
 NAME = "owner/nla-tiny"
 AR, AV = f"{NAME}-ar", f"{NAME}-av"
 WEIGHTS = Path(nla_hub.__file__).parent / "tiny" / "weights"

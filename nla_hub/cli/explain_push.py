@@ -86,14 +86,15 @@ class PushTo:
         writer = HubWriter(hub)
         wanted = prepare.wanted_of(self.repo, licence=self.licence)
         options = PushOptions(private=self.private)
-        try:
-            with ended_by_sigterm(), prepare.prepared(find(out), wanted, options, writer=writer, hub=hub) as ready:
-                planned = prepare.plans(ready, writer, dry_run=False)
-                push_command.show(ready, planned, result=False, as_json=False)
-                push_command.send(ready, planned, writer=writer, hub=hub, as_json=as_json)
-        except BaseException:
-            output.message(f"The job is done and kept. This publishes it:\n  {self.command(out)}")
-            raise
+        with push_command.ended_at_once():
+            try:
+                with ended_by_sigterm(), prepare.prepared(find(out), wanted, options, writer=writer, hub=hub) as ready:
+                    planned = prepare.plans(ready, writer, dry_run=False)
+                    push_command.show(ready, planned, result=False, as_json=False)
+                    push_command.send(ready, planned, writer=writer, hub=hub, as_json=as_json)
+            except BaseException:
+                output.message(f"The job is done and kept. This publishes it:\n  {self.command(out)}")
+                raise
 
     def command(self, out: Path) -> str:
         """The command that publishes a job that is done."""
