@@ -28,7 +28,7 @@ from nla_hub.opening import ADAPTER_BASE_KEY, AR_META_KEY, Half
 from nla_hub.pretrained import TORCH_DTYPES, LoadOptions
 from nla_hub.prompts import AVPrompt
 from nla_hub.sidecar import Role, Sidecar
-from nla_hub.weights import WeightIndex, inside, matches
+from nla_hub.weights import REFERENCE_NAME, WeightIndex, inside, matches
 
 PAPER = re.compile(
     r"(?:licen[cs]e|notice|use_policy|copying)[^/]*|readme\.md|fve_reference\.safetensors", re.IGNORECASE
@@ -213,7 +213,7 @@ def _write(half: Half, directory: Path, dtype: str | None, papers: Sequence[Path
         loaded, head = load_ar(files, half.sidecar, options)
         stored = HeadFile.find(files.directory).dtype
         save_ar(directory, loaded.model, head, half.tokenizer, sidecar, dtype=chosen, head_dtype=stored)
-    for paper in papers:
+    for paper in (paper for paper in papers if half.role == "ar" or paper.name != REFERENCE_NAME):
         shutil.copyfile(paper, directory / paper.name)
     name = str(chosen).removeprefix("torch.")
     if files.stack:

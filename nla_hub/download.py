@@ -25,15 +25,12 @@ from nla_hub.log import logger
 from nla_hub.opening import Half
 from nla_hub.pretrained import LoadOptions
 from nla_hub.units import size
-from nla_hub.weights import HEAD_NAME, INDEX_NAME, WEIGHTS_NAME, WeightIndex, read_header
+from nla_hub.weights import HEAD_NAME, INDEX_NAME, REFERENCE_NAME, WEIGHTS_NAME, WeightIndex, read_header
 
 PartName = Literal["av", "ar", "source", "base"]
 
 WORDS: dict[PartName, str] = {"av": "AV", "ar": "AR", "source": "source model", "base": "model under the LoRA"}
 """What a part is called."""
-
-MEAN_NAME = "fve_reference.safetensors"
-"""The mean vector of a reference; beside an AV other programs take it for weights, so it goes with the AR alone."""
 
 
 @dataclass(frozen=True)
@@ -208,14 +205,14 @@ def _half(half: Half) -> Part:
 def _is_paper(file: str, half: Half) -> bool:
     path = PurePosixPath(file)
     above = half.place.folder == str(path.parent) or path.parent in (PurePosixPath(half.place.folder) / "x").parents
-    return above and PAPER.fullmatch(path.name) is not None and (half.role == "ar" or path.name != MEAN_NAME)
+    return above and PAPER.fullmatch(path.name) is not None and (half.role == "ar" or path.name != REFERENCE_NAME)
 
 
 def _model(name: PartName, under: Under) -> Part:
     place = Place(under.folder, "model", None, None, False)
     names, sizes = files_of(under.checkpoint.files, place), under.checkpoint.sizes
     papers = [
-        n for n in under.checkpoint.files if PAPER.fullmatch(n) and n != MEAN_NAME and sizes.get(n, 0) <= MAX_PAPER
+        n for n in under.checkpoint.files if PAPER.fullmatch(n) and n != REFERENCE_NAME and sizes.get(n, 0) <= MAX_PAPER
     ]
     return Part(name, under.checkpoint, {n: PurePosixPath(n).name for n in [*names, *papers]}, under.folder)
 

@@ -18,6 +18,8 @@ from nla_hub.errors import WeightsError
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 HEAD_NAME = "value_head.safetensors"
+REFERENCE_NAME = "fve_reference.safetensors"
+"""The mean vector of a reference; beside an AV other programs take it for weights, so it lies with the AR alone."""
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 

@@ -189,7 +189,8 @@ def test_papers_of_a_half_and_of_the_folders_above_it_are_carried(source: Path, 
         for name in PAPERS:
             own = half == "av" and name == "LICENSE"
             assert (written / name).read_text() == ("the AV's own" if own else f"pair's {name}")
-        assert torch.equal(load_file(written / "fve_reference.safetensors")["mean"], torch.ones(64))
+    assert torch.equal(load_file(tmp_path / "out" / "ar" / "fve_reference.safetensors")["mean"], torch.ones(64))
+    assert not (tmp_path / "out" / "av" / "fve_reference.safetensors").exists()
 
 
 def test_the_nearest_paper_speaks_for_a_half(world: World, tmp_path: Path) -> None:

@@ -14,9 +14,7 @@ from nla_hub.geometry import norms, unit
 from nla_hub.sidecar import EXPLANATION_PLACEHOLDER, Injection, ReferenceRecord, Score, Sidecar
 from nla_hub.training.marker import require_marker
 from nla_hub.training.recipe import InjectionSpec, Recipe
-
-REFERENCE_NAME = "fve_reference.safetensors"
-"""The mean of the reference's unit vectors, float32 [d], beside each half's weights."""
+from nla_hub.weights import REFERENCE_NAME
 
 
 def make_sidecars(
@@ -68,7 +66,7 @@ def suffix_ids(tokenizer: Any, template: str) -> tuple[int, ...]:
 
 
 def record_score(pair: Path, result: EvalResult, vectors: Tensor) -> None:
-    """Write a result's FVE, its reference and the reference's mean vector into both halves of a pair.
+    """Write a result's FVE and its reference into both halves of a pair, the reference's mean vector beside the AR.
 
     `vectors` float32 [n, d] are the rows that were measured.
     """
@@ -88,5 +86,5 @@ def record_score(pair: Path, result: EvalResult, vectors: Tensor) -> None:
     for half in ("av", "ar"):
         sidecar = Sidecar.read(pair / half)
         sidecar.with_(fve=score, fve_reference=record).write(pair / half)
-        # One entry only: safetensors writes several in an order that changes from process to process.
-        save_file({"mean": mean}, pair / half / REFERENCE_NAME, metadata={"dataset": record.dataset})
+    # One entry of metadata only: safetensors writes several in an order that changes from process to process.
+    save_file({"mean": mean}, pair / "ar" / REFERENCE_NAME, metadata={"dataset": record.dataset})

@@ -25,8 +25,7 @@ from nla_hub.publish.guards.stored import StoredFile
 from nla_hub.publish.release import Entry, Release, StagedRepo
 from nla_hub.publish.staging.half_files import CONFIG, TOKENIZER
 from nla_hub.sidecar import SIDECAR_NAME, Role, Sidecar
-from nla_hub.training.contract import REFERENCE_NAME
-from nla_hub.weights import ADAPTER_CONFIG_NAME, INDEX_NAME, shorten
+from nla_hub.weights import ADAPTER_CONFIG_NAME, INDEX_NAME, REFERENCE_NAME, shorten
 
 FIX = (
     "nothing was sent; make the pair again from its run (nla-hub convert SRC DST for a bare directory), then push that"

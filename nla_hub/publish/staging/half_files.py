@@ -15,8 +15,7 @@ from nla_hub.layouts import ADAPTER_WEIGHTS_NAME, AR_LORA_NAME, AR_META_NAME, Fo
 from nla_hub.publish.release import Entry
 from nla_hub.publish.staging.licences import PAPER
 from nla_hub.sidecar import SIDECAR_NAME, Role
-from nla_hub.training.contract import REFERENCE_NAME
-from nla_hub.weights import ADAPTER_CONFIG_NAME, HEAD_NAME, INDEX_NAME, WEIGHTS_NAME
+from nla_hub.weights import ADAPTER_CONFIG_NAME, HEAD_NAME, INDEX_NAME, REFERENCE_NAME, WEIGHTS_NAME
 
 TOKENIZER = re.compile(
     r"tokenizer(?:_config)?\.json|tokenizer\.model|special_tokens_map\.json|added_tokens\.json|vocab\.(?:json|txt)|"

@@ -39,9 +39,8 @@ from nla_hub.publish.staging.measured import count_values
 from nla_hub.reconstructor import Reconstructor
 from nla_hub.round_trip import TEXTS
 from nla_hub.sidecar import Role
-from nla_hub.training.contract import REFERENCE_NAME
 from nla_hub.training.halves import packing
-from nla_hub.weights import HEAD_NAME, INDEX_NAME, WEIGHTS_NAME, WeightIndex, read_tensor
+from nla_hub.weights import HEAD_NAME, INDEX_NAME, REFERENCE_NAME, WEIGHTS_NAME, WeightIndex, read_tensor
 
 LARGEST_FP8 = 448.0
 """The largest float8_e4m3fn."""
