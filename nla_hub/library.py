@@ -22,6 +22,8 @@ class Checkpoint:
     files: tuple[str, ...]
     sizes: Mapping[str, int] = field(default_factory=dict)
     commit: str | None = None
+    cached: bool = False
+    """Its files are those that the cache has: nobody answered."""
     _root: Path | None = None
     _here: set[str] = field(default_factory=set)
 
@@ -34,11 +36,11 @@ class Checkpoint:
         """
         if ref.kind == "hub":
             listing = hub.listing(ref.name, revision=ref.revision, options=options)
-            return cls(ref, options, tuple(listing.files), listing.files, listing.commit)
+            return cls(ref, options, tuple(listing.files), listing.files, listing.commit, listing.cached)
         root = ref.fetch(options)
         # A downloaded snapshot lies in a directory named after its commit.
         commit = root.name if root.parent.name == "snapshots" else None
-        return cls(ref, options, tuple(layouts.files_below(root)), {}, commit, root)
+        return cls(ref, options, tuple(layouts.files_below(root)), {}, commit, _root=root)
 
     def fetch(self, names: Sequence[str]) -> Path:
         """Have these files on disk; the local directory that they are in, under their names."""

@@ -22,6 +22,7 @@ from nla_hub.log import logger
 from nla_hub.lora_stages import stacked
 from nla_hub.pretrained import LoadOptions, has_tokenizer, load_config, load_tokenizer
 from nla_hub.prompts import measure_marker
+from nla_hub.releases import require_published
 from nla_hub.sidecar import SIDECAR_NAME, Hints, Role, Sidecar, base_family, merge, named_role
 from nla_hub.weights import inside
 from nla_hub.zoo import known_sidecar
@@ -132,6 +133,7 @@ def open_half(
         CheckpointError and its children, HubError and its children.
     """
     checkpoint = library.open(ref)
+    require_published(checkpoint)
     place = layouts.find(
         checkpoint.files,
         role,

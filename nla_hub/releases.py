@@ -6,17 +6,44 @@ in between gets the AR of the AV's own release, or is told.
 
 from __future__ import annotations
 
+import logging
 import re
+import warnings
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
+from nla_hub import hub
 from nla_hub.errors import CheckpointError, HubNotFoundError, HubUnreachableError, SidecarError
-from nla_hub.library import Library
+from nla_hub.layouts import places
+from nla_hub.library import Checkpoint, Library
 from nla_hub.locate import Ref
 from nla_hub.log import logger
-from nla_hub.opening import Half
 from nla_hub.sidecar import ReleaseRecord
 
+if TYPE_CHECKING:
+    from nla_hub.opening import Half
+
 _TAG = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
+_COMPLETED = "ask its author to run the same `nla-hub push` again, which completes it"
+
+
+def require_published(checkpoint: Checkpoint) -> None:
+    """Refuse a repository that a push has not reached yet. The Hub is asked only where nothing can be a half.
+
+    Raises:
+        CheckpointError: a push is under way, or was cut short.
+    """
+    ref = checkpoint.ref
+    if ref.kind != "hub" or checkpoint.cached or places(checkpoint.files):
+        return
+    branch = hub.pending_push(ref.name, revision=ref.revision, options=checkpoint.options)
+    if branch is not None:
+        raise CheckpointError(
+            "No half of an NLA is published here yet: a push is under way, or was cut short.",
+            where=ref,
+            got=f"a branch {branch[:80]!r}",
+            next_step=f"try again in a few minutes. If it stays so: {_COMPLETED}",
+        )
 
 
 def at_release_of(av: Half | None, ar: Ref, library: Library) -> Ref:
@@ -41,8 +68,8 @@ def at_release_of(av: Half | None, ar: Ref, library: Library) -> Ref:
 
 
 def require_one_release(av: Half, ar: Half, *, ar_named: bool) -> None:
-    """Refuse halves of two pushes. Where only one half says its release, or none does, nothing can be told: the former is
-    warned about.
+    """Refuse halves of two pushes. Where only one half says its release, or none does, nothing can be told: of the former
+    the caller of `NLA.from_pretrained` is warned.
 
     Args:
         ar_named: the caller chose the AR.
@@ -55,14 +82,7 @@ def require_one_release(av: Half, ar: Half, *, ar_named: bool) -> None:
         return
     if mine is None or theirs is None:
         if not ar_named:
-            with_, without = ("AR", "AV") if mine is None else ("AV", "AR")
-            logger.warning(
-                "%s and %s: the %s says of which release it is, the %s does not; they were not published together",
-                av.checkpoint.ref,
-                ar.checkpoint.ref,
-                with_,
-                without,
-            )
+            _tell(_not_together(av, ar))
         return
     if mine.id == theirs.id:
         return
@@ -88,8 +108,31 @@ def require_one_release(av: Half, ar: Half, *, ar_named: bool) -> None:
         where=where,
         faults=faults,
         next_step="try again in a few minutes. If it stays so: name an earlier state of the AV by its tag "
-        f"({av.checkpoint.ref.name}@TAG), or ask its author to run the same `nla-hub push` again, which completes it",
+        f"({av.checkpoint.ref.name}@TAG), or {_COMPLETED}",
     )
+
+
+def _not_together(av: Half, ar: Half) -> str:
+    """What is said of two halves of which one has a release."""
+    with_, without = (ar, av) if av.sidecar.release is None else (av, ar)
+    ref = ar.checkpoint.ref
+    # A push publishes the AR first.
+    wait = "try again in a few minutes, in case a push is under way; else " if with_ is ar and ref.kind == "hub" else ""
+    name = f"{ref.name}@REVISION" if ref.kind == "hub" else "./path"
+    return (
+        f"{av.checkpoint.ref} and {ref}: the {with_.role.upper()} is of {_words(with_.sidecar.release)}, the "
+        f"{without.role.upper()} names no release, so they were not published together and may not fit. "
+        f'Next: {wait}name the AR that belongs to the AV (ar="{name}"), or ask the author to push both again'
+    )
+
+
+def _tell(text: str) -> None:
+    """A warning, once: on the package's log where somebody shows that (the command line does), else as Python's own."""
+    if all(isinstance(handler, logging.NullHandler) for handler in logger.handlers):
+        # The line that is shown is that of the call of `NLA.from_pretrained`: below it open_pair, require_one_release, this.
+        warnings.warn(text, UserWarning, stacklevel=5)
+    else:
+        logger.warning("%s", text)
 
 
 def _words(release: ReleaseRecord | None) -> str:

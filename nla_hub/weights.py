@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -134,6 +135,16 @@ def _read_sharded(directory: Path, index_path: Path) -> dict[str, StoredTensor]:
     faults += [f"in a shard, but not in the index: {n}" for n in found if n not in weight_map]
     if faults:
         raise WeightsError("Index and shards disagree.", where=index_path, faults=shorten(faults))
+    return found
+
+
+def file_hashes(directory: Path) -> dict[str, str]:
+    """The weights of a model directory, file by file: name -> sha256. The mean vector of a reference is none of them."""
+    found = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        if path.name != REFERENCE_NAME:
+            with path.open("rb") as file:
+                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
 
 

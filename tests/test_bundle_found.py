@@ -13,6 +13,7 @@ from test_bundle import tree
 from wild import World, one_directory, run_folders, two_directories
 
 from nla_hub.errors import PublishError
+from nla_hub.publish.staging import bundle
 from nla_hub.publish.staging.found import Found, find
 
 STAGES = ("source", "data", "ar", "av", "rl", "export", "eval")
@@ -157,6 +158,19 @@ def test_data_sets_are_known_by_their_files(tmp_path: Path) -> None:
     assert find(job).kind == "explanations"
 
 
+def test_the_source_model_of_a_pair_is_no_half(pair: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(pair / "av", tmp_path / "pair" / "source")
+    for name in ("nla_meta.yaml", "value_head.safetensors"):
+        (source / name).unlink(missing_ok=True)
+    for role in ("av", "ar"):
+        shutil.copytree(pair / role, tmp_path / "pair" / role)
+    with pytest.raises(PublishError, match="Nothing here can be published"):
+        find(source)
+    assert find(source, ar=pair / "ar").av == source, "whoever names its AR says that it is an AV"
+    shutil.copytree(pair / "ar", tmp_path / "mine-ar")
+    assert find(shutil.copytree(source, tmp_path / "mine-av")).kind == "pair", "so does its name beside an AR's"
+
+
 @pytest.mark.parametrize("name", ["nothing", "empty", "file.txt", "broken.parquet", "other"])
 def test_what_nobody_can_publish(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
@@ -167,3 +181,15 @@ def test_what_nobody_can_publish(tmp_path: Path, name: str) -> None:
     with pytest.raises(PublishError) as refused:
         find(tmp_path / name)
     assert name in str(refused.value)
+
+
+def test_a_run_on_a_packaged_model_names_it_as_its_pair_does(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config(run, base={"model": "package:tiny/weights/source"})
+    monkeypatch.chdir(run.parent)
+    found = find(Path("run"))
+    assert found.base is not None
+    assert (found.base / "model.safetensors").is_file()
+    assert found.av is not None
+    assert found.av.is_absolute()  # a relative one would read as a name of the Hub
+    assert bundle._known_as("package:tiny/weights/source") == "tiny-source"
+    assert bundle._known_as("owner/base") == "owner/base"

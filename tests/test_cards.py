@@ -17,6 +17,8 @@ from markdown_it import MarkdownIt
 from nla_hub import resources
 from nla_hub.evaluation import EvalResult
 from nla_hub.evaluation.result import Example
+from nla_hub.hub import HubOptions
+from nla_hub.locate import resolve_pair
 from nla_hub.publish.card import TASKS, eval_results, metadata_faults, model_card, recipe_card
 from nla_hub.publish.card.__main__ import main
 from nla_hub.publish.card.templates import render
@@ -85,9 +87,18 @@ def facts(**changes: Any) -> ReleaseFacts:
 
 def unknown(**changes: Any) -> ReleaseFacts:
     """A release of which nothing is known that need not be known."""
-    return ReleaseFacts(
-        NAMES, "abcdef012345", "tiny-source", None, None, "llama", half("av"), half("ar"), Licence("mit"), **changes
-    )
+    values: dict[str, Any] = {
+        "names": NAMES,
+        "release_id": "abcdef012345",
+        "base_model": "tiny-source",
+        "base_revision": None,
+        "n_layers": None,
+        "family": "llama",
+        "av": half("av"),
+        "ar": half("ar"),
+        "licence": Licence("mit"),
+    }
+    return ReleaseFacts(**{**values, **changes})
 
 
 def with_sample(text: str | None, *, context: str = "some text", raw: str = "") -> ReleaseFacts:
@@ -205,6 +216,48 @@ def test_unknown_figures_are_not_made_up() -> None:
     only_score = model_card(unknown(score=RESULT.score()), "av")
     assert cell(only_score, "explanations") == "0.853"
     assert "nla-hub at commit `f1eb5782a4d9a33dfcdc98c90e3f32ad77d570c1`" in only_score
+
+
+def verification(base_model: str) -> str:
+    card = model_card(unknown(base_model=base_model), "av")
+    return card.partition("### How to measure it again")[2].partition("## Samples")[0]
+
+
+def test_a_base_model_that_is_not_on_the_hub_has_to_be_named() -> None:
+    assert "--base-model" not in verification("owner/base")
+    assert "is not on the Hub" not in verification("owner/base")
+    packaged = verification("tiny-source")
+    assert " --base-model tiny\n```" in packaged
+    assert "The base model, `tiny-source`, is not on the Hub. `tiny` names the one" in packaged
+    own = verification("my-recipe-source")
+    assert " --base-model ./BASE\n```" in own
+    assert "`my-recipe-source`, is not on the Hub. Its directory is needed: `./BASE`" in own
+
+
+def test_the_line_that_measures_again_can_be_run() -> None:
+    """The packaged pair in place of the release, whose base model has the same name."""
+    line = next(line for line in verification("tiny-source").splitlines() if line.startswith("nla-hub eval"))
+    _, _, _, *options = line.split()
+    given = dict(zip(options[::2], options[1::2], strict=True))
+    refs = resolve_pair(ROOT / "nla_hub/tiny/weights", base_model=given["--base-model"])
+    assert refs.base is not None
+    assert (refs.base.fetch(HubOptions()) / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"corpus": "tiny-world", "mix": []}, "Documents: the corpus `tiny-world` of the recipe above, no data set of"),
+        ({"corpus": None, "mix": [{"data": "a local file"}]}, "Documents: files of whoever ran the recipe above, no"),
+        ({}, "What documents it learned from: not known."),
+        (None, "What documents it learned from: not known."),
+    ],
+)
+def test_documents_that_are_no_data_set_of_the_hub(data: Any, said: str) -> None:
+    recipe = RecipeFacts("x", "0a1b2c3d", {} if data is None else {"data": data})
+    card = model_card(facts(recipe=recipe), "av")
+    assert said in card.partition("## Data")[2].partition("## Form")[0]
+    assert "What documents it learned from: not known." in model_card(facts(recipe=None), "av")
 
 
 def test_effort_and_cost() -> None:

@@ -138,6 +138,16 @@ def test_a_download_with_its_source_works_in_a_process_without_network(
     assert len(world.requests) == n
 
 
+@pytest.mark.parametrize(("named", "given"), [("tiny-source", "tiny"), ("my-recipe-source", "./BASE")])
+def test_a_base_model_that_is_not_on_the_hub_stands_in_the_line_to_use(world: HubWorld, named: str, given: str) -> None:
+    for repo in (AV, AR):
+        contract = world.files(repo)["nla_meta.yaml"].replace(BASE.encode(), named.encode())
+        commit = world.seed(repo, {"nla_meta.yaml": contract})
+        world.store.repo(repo, "model").tags[RELEASE.tag] = commit
+    assert done(AV)[-1] == f'nla-hub explain "..." --nla {AV} --base-model {given}'
+    assert done(AV, "--base-model", BASE)[-1] == f'nla-hub explain "..." --nla {AV} --base-model {BASE}'
+
+
 def test_without_its_source_a_pair_explains_vectors_and_says_what_it_lacks(
     world: HubWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -148,9 +148,11 @@ def test_the_caller_says_it(nobody: FakeHub, tmp_path: Path) -> None:
     assert (own.id, own.name, own.link, own.files) == ("other", "own-1", "https://own.example", {"LICENSE": b"terms"})
     with pytest.raises(PublishError, match="LICENSE"):
         licence_of("owner/base", chosen="mit")
+    with pytest.raises(PublishError, match=r"did you mean --licence mit"):
+        licence_of("owner/base", chosen="mitt", source=Source((tmp_path,)))
 
 
-@pytest.mark.parametrize("chosen", ["", "my licence", "other", "x=http://plain", "Lösung"])
+@pytest.mark.parametrize("chosen", ["", "my licence", "other", "unknown", "mitt", "apache", "x=http://plain", "Lösung"])
 def test_words_that_name_no_licence(chosen: str) -> None:
     with pytest.raises(PublishError, match="no licence"):
         parsed(chosen)

@@ -137,6 +137,14 @@ def test_the_table(world: HubWorld) -> None:
     assert lines[-1].split()[0] == "four/lonely-ar"
 
 
+def test_rehearsals_are_left_out(world: HubWorld) -> None:
+    for role, tag in (("av", VERBALIZER), ("ar", RECONSTRUCTOR)):
+        publish(world, f"six/nla-x-L2-{role}", 10**9, **COMMON, tags=["nla", tag, "rehearsal"])
+    assert of_hub() == PAIRS
+    publish(world, "six/nla-x-L2-av", 10**9, **COMMON, tags=["nla", VERBALIZER])
+    assert of_hub("six") == [("six/nla-x-L2-av", None)]
+
+
 def test_a_limit_says_what_it_left_out(world: HubWorld) -> None:
     result = models("search", "--json", "--limit", "2")
     shown = [json.loads(line) for line in result.stdout.splitlines()]

@@ -33,12 +33,15 @@ from nla_hub.explain import DataSettings, JobResult, JobSettings, PairSettings, 
 from nla_hub.explain.inputs import VectorItem, open_dataset
 from nla_hub.explain.result import read_part
 from nla_hub.explain.schema import part_name
+from nla_hub.geometry import FVE
 from nla_hub.hub import HubOptions
 from nla_hub.hub.writing import HubWriter
 from nla_hub.publish.card import metadata_faults
 from nla_hub.publish.data import datasets, evaluation_set, explanations
+from nla_hub.publish.data.columns import Against
+from nla_hub.publish.data.dataset_cards import explanations_card
 from nla_hub.publish.data.explanations import require_finished
-from nla_hub.publish.facts import ReleaseFacts
+from nla_hub.publish.facts import Licence, ReleaseFacts
 from nla_hub.publish.prepare import push_found
 from nla_hub.publish.push import PushOptions, push
 from nla_hub.publish.release import Release, StagedRepo
@@ -169,12 +172,24 @@ def test_the_card_says_what_the_rows_say(job: Path) -> None:
     assert [c["config_name"] for c in metadata["configs"]] == ["explanations", "vectors"]
     manifest = json.loads((job / "manifest.json").read_text())
     raw = manifest["fve"][0]
-    assert f"FVE (raw variance, {raw['dataset']}, n={raw['n']}): {raw['value']:.3f}" in card
+    of = f"{raw['dataset']}: {raw['value']:.3f}"
+    assert f"- FVE of these {raw['n']} rows against the raw variance denominator of {of}\n" in card
+    assert f"mean-norm denominator of {raw['dataset']}: {manifest['fve'][1]['value']:.3f}\n" in card
+    assert "FVE (" not in card, "the form of a score on that data set's own rows"
     for status, count in manifest["counts"].items():
         assert f"| {status} | {count} |" in card
     for column in read_part(job / "parts" / part_name(0)).column_names:
         assert f"| `{column}` |" in card
     assert not re.search(r"\{\{|\}\}|\{%|\bNone\b", card)
+
+
+def test_a_score_against_the_rows_own_denominator_says_so(job: Path) -> None:
+    facts = explanations.survey(job, Against.here(job, REPO))
+    own = (FVE(0.5, "raw_variance", "in-sample", 2000), FVE(None, "mean_norm", "no reference", 3))
+    config = {name: value for name, value in facts.config.items() if name != "reference"}
+    card = explanations_card(REPO, "v1", Licence(LICENCE), replace(facts, config=config, fve=own))
+    assert "- FVE of these 2,000 rows against their own raw variance denominator: 0.500\n" in card
+    assert "- FVE (mean-norm): not measured\n" in card
 
 
 def test_samples_follow_their_rule_and_cannot_be_markup(job: Path) -> None:
@@ -678,8 +693,12 @@ def test_explanations_are_read_again_from_the_hub(world: HubWorld, job: Path, tm
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_the_library_of_data_sets_reads_what_the_card_names(world: HubWorld, job: Path, tmp_path: Path) -> None:
+def test_the_library_of_data_sets_reads_what_the_card_names(
+    world: HubWorld, job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     library = pytest.importorskip("datasets")
+    monkeypatch.setattr(library.config, "HF_HUB_OFFLINE", False)  # it reads the environment once, when it is imported
+    monkeypatch.setattr(library.config, "HF_ENDPOINT", world.url)
     pushed = published(world, job)
     for name in ("explanations", "vectors"):
         rows = library.load_dataset(REPO, name, split="train", revision=pushed.tag, cache_dir=str(tmp_path / "cache"))
@@ -759,7 +778,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str | None, int, str]] = {
     "no name": (("--yes", "--licence", LICENCE, "--push-to", "rows"), TOKEN, 1, "name another: --push-to OWNER/NAME"),
     "no token": (("--yes", "--licence", LICENCE), None, 1, "token"),
     "a wrong token": (("--yes", "--licence", LICENCE), "hf_" + "n0b0dy" * 6, 1, "token"),
-    "a token that only reads": (("--yes", "--licence", LICENCE), READER, 1, "may not write there"),
+    "a token that only reads": (("--yes", "--licence", LICENCE), READER, 1, "This token may not write"),
     "of somebody else": (("--yes", "--licence", LICENCE, "--push-to", "other/rows"), TOKEN, 1, "may not write there"),
     "nobody to ask": (("--licence", LICENCE), TOKEN, 2, "add --yes"),
     "public and to be private": (

@@ -293,6 +293,31 @@ FAULTS: Mapping[str, tuple[Change, str]] = {
         weights("ar", lambda w: w["weight"][:16].zero_(), "value_head.safetensors"),
         "16 of 128 rows of the weight are all zeros",
     ),
+    "a head without a direction": (
+        weights("ar", lambda w: w["weight"][:, 3].zero_(), "value_head.safetensors"),
+        "value_head.safetensors: weight: 1 of 128 columns of the weight are all zeros",
+    ),
+    "a head of one row": (
+        weights("ar", lambda w: w["weight"].copy_(w["weight"][:1].clone()), "value_head.safetensors"),
+        "all rows of the weight are equal, so every text gives one direction",
+    ),
+    "a head of one column": (
+        weights("ar", lambda w: w["weight"].copy_(w["weight"][:, :1].clone()), "value_head.safetensors"),
+        "all columns of the weight are equal",
+    ),
+    "a head of huge values": (
+        weights("ar", set_to("weight", torch.eye(128) * -3e38), "value_head.safetensors"),
+        "weight: its largest value is 3e+38, with which the length of a vector overflows float32",
+    ),
+    "a head of zeros": (
+        weights("ar", lambda w: w["weight"].zero_(), "value_head.safetensors"),
+        "value_head.safetensors: weight: all 16,384 values are zero: an export destroyed them; export them again",
+    ),
+    "a matrix of zeros": (
+        weights("av", lambda w: w[UP].zero_()),
+        f"{AV}: model.safetensors: {UP}: all 32,768 values are zero: an export destroyed them; export them again",
+    ),
+    "a matrix of zeros in the AR": (weights("ar", lambda w: w[UP].zero_()), f"{AR}: model.safetensors: {UP}: all"),
     # reference
     "a reference beside the AV": (
         lambda r: with_files(r, "av", {"fve_reference.safetensors": content(r, "ar", "fve_reference.safetensors")}),
@@ -367,6 +392,15 @@ FAULTS: Mapping[str, tuple[Change, str]] = {
     "a licence file changed": (
         file("ar", "LICENSE", lambda d: d + b"x"),
         f"{AR}: LICENSE is not the text that apache-2.0 asks for",
+    ),
+    "a licence that is empty": (
+        lambda r: licence(files={"LICENSE": b"\n"})(with_files(r, "av", {"LICENSE": b"\n"})),
+        "LICENSE has 0 bytes, too few for the text of a licence",
+    ),
+    "a policy that is cut": (added("av", "USE_POLICY.md", b"Not Found"), "USE_POLICY.md has 9 bytes, too few"),
+    "a web page for a licence": (
+        added("ar", "LICENSE.txt", b"\n<!DOCTYPE html><html>" + b"x" * 500),
+        f"{AR}: LICENSE.txt is a web page; put the text of the licence there",
     ),
     "a name that the licence wants": (licence(name_starts_with="Llama"), "its name must begin with 'Llama'"),
     "a notice that the licence wants": (
@@ -510,6 +544,33 @@ def test_a_nan_is_found_in_every_dtype(dtype: str, place: int) -> None:
     broken[place] = torch.tensor(torch.nan).to(DTYPES[dtype])
     found = list(StoredFile.read(Entry("x", save({"before": torch.ones(3), "w": broken}))).value_faults())
     assert found == [f"w: 1 of 10,000 values are NaN or infinite, the first at flat index {place}"]
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+def test_a_matrix_of_zeros_is_found_in_every_dtype(dtype: str) -> None:
+    values = torch.zeros(30, 100).to(DTYPES[dtype])
+    told = [
+        "w: all 3,000 values are zero: an export destroyed them; export them again from the checkpoint that they came from"
+    ]
+    assert list(StoredFile.read(Entry("x", save({"w": values}))).value_faults()) == told
+    assert (
+        list(
+            StoredFile.read(
+                Entry("x", save({"w": torch.tensor(-0.0).to(DTYPES[dtype]).expand(2, 1500).clone()}))
+            ).value_faults()
+        )
+        == told
+    )
+    values[29, 99] = torch.tensor(1.0).to(DTYPES[dtype])
+    assert list(StoredFile.read(Entry("x", save({"w": values}))).value_faults()) == []
+
+
+def test_zeros_that_are_nobodys_fault() -> None:
+    """Of a bias, a LoRA before its first step, packed weights' zero points, codes, and nothing at all."""
+    names = {"w.bias": (4,), "w.lora_B.weight": (4, 2), "w.weight_zero_point": (4, 1), "w.empty": (0, 3)}
+    values = {name: torch.zeros(*shape) for name, shape in names.items()}
+    file = StoredFile.read(Entry("x", save({**values, "w.codes": torch.zeros(4, 4, dtype=torch.int32)})))
+    assert list(file.value_faults()) == []
 
 
 def test_values_are_counted_across_pieces() -> None:
@@ -679,6 +740,15 @@ def test_a_file_that_the_hub_does_not_take(tmp_path: Path) -> None:
     assert list(name_faults(repo)) == [
         "model.safetensors: 50,000,000,001 bytes, and the Hub takes 50,000,000,000 a file: save it in shards"
     ]
+
+
+def test_a_card_that_is_still_to_be_written_is_not_missing() -> None:
+    repo = StagedRepo("a/b", "dataset", "data", (), {"README.md": 100})
+    assert list(name_faults(repo)) == []
+
+
+def test_a_notice_may_be_short(whole: Release) -> None:
+    require_whole(with_files(whole, "av", {"NOTICE": b"Built with Llama"}))
 
 
 def test_a_data_set_needs_a_card() -> None:

@@ -13,10 +13,11 @@ import pytest
 from hub_world import READER, HubWorld, connected
 from push_world import AR, AV, CARD, already, complete, contents, large, never_half, pair, publish, release_of, repo_of
 
-from nla_hub.errors import GateFailedError, HubAuthError, HubError, HubGatedError, PublishError
+from nla_hub.errors import GateFailedError, HubAuthError, HubError, HubGatedError, HubUnreachableError, PublishError
 from nla_hub.hub import HubOptions
 from nla_hub.hub.writing import HubWriter
-from nla_hub.publish.plan import PushOptions, branch_of, lines, make_plan, unasked_plan
+from nla_hub.publish.plan import PushOptions, branch_of, look, make_plan, unasked_plan
+from nla_hub.publish.plan_words import lines
 from nla_hub.publish.push import push
 from nla_hub.publish.release import Release
 
@@ -323,19 +324,76 @@ def test_a_tag_that_names_something_else_is_refused_before_anything_is_sent(worl
     assert world.written() == []
 
 
+def test_a_tag_that_names_the_same_weights_with_other_words_is_told_apart(world: HubWorld) -> None:
+    first = pair("first")
+    here, there = replace(first, tag=f"nla-{first.id}"), pair("first", more={"LICENSE": b"terms"})
+    already(world, replace(there, tag=here.tag))
+    assert here.id == there.id
+    world.requests.clear()
+    with pytest.raises(PublishError, match="names this release with other words"):
+        publish(here)
+    assert world.written() == []
+
+
 def test_a_token_that_cannot_write_there_is_refused_before_anything_is_made(
     world: HubWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     somebody = release_of([repo_of("stranger/nla-x", "pair", {"av/config.json": b"{}"})], "v1")
-    with pytest.raises(HubGatedError, match="may not write there"):
+    with pytest.raises(HubGatedError, match="may not write there") as refused:
+        publish(somebody)
+    assert refused.value.next_step == "correct --repo (yours: owner/NAME)"
+    with pytest.raises(PublishError, match="no such repository") as circle:
+        publish(somebody, create_pr=True)
+    assert circle.value.next_step == "correct --repo, or leave --create-pr out"
+    world.seed("stranger/nla-x", {"README.md": b"# theirs\n"})
+    with pytest.raises(HubGatedError, match="--create-pr"):
         publish(somebody)
     connected(world, monkeypatch, tmp_path / "home", READER)
-    with pytest.raises(HubGatedError):
-        publish(pair())
+    for create_pr in (False, True):
+        with pytest.raises(HubGatedError, match="a token of owner that may only read") as reader:
+            publish(pair(), create_pr=create_pr)
+        assert reader.value.next_step == "a token with the right to write (`hf auth login`)"
     connected(world, monkeypatch, tmp_path / "home", None)
-    with pytest.raises(HubAuthError):
+    for create_pr in (False, True):
+        with pytest.raises(HubAuthError):
+            publish(pair(), create_pr=create_pr)
+    assert world.written() == []
+
+
+def test_a_fine_grained_token_without_the_right_is_told_what_it_lacks(
+    world: HubWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scoped = [{"entity": {"name": "lab"}, "permissions": ["repo.write"]}]
+    token = {"role": "fineGrained", "fineGrained": {"scoped": scoped}}
+    monkeypatch.setattr(HubWriter, "_whoami", {"name": "owner", "auth": {"accessToken": token}})
+    with pytest.raises(HubGatedError, match="a fine-grained token of owner without that right"):
         publish(pair())
     assert world.written() == []
+
+
+def test_nothing_is_published_offline(world: HubWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(HubUnreachableError, match="Nothing can be published with HF_HUB_OFFLINE=1") as refused:
+        publish(pair())
+    assert "--dry-run works" in str(refused.value) and "--nla" not in str(refused.value)
+    assert world.requests == []
+
+
+def test_who_only_looks_is_told_everything_that_would_end_a_push(
+    world: HubWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refusals(release: Release) -> tuple[str, ...]:
+        return look(release, PushOptions(), HubWriter(HubOptions())).refusals
+
+    already(world, pair("first", "v1"))
+    assert refusals(pair("second", "v2")) == ()
+    (one,) = refusals(pair("second", "v1"))
+    assert "names another release" in one and "Next: another name" in one
+    connected(world, monkeypatch, tmp_path / "home", READER)
+    rights, way = refusals(pair("second", "v1"))
+    assert "may only read" in rights and "Next: a token" in rights and way == one
+    connected(world, monkeypatch, tmp_path / "home", None)
+    assert refusals(pair("second", "v1")) == (one,)
 
 
 def test_a_pull_request_needs_a_repository(world: HubWorld) -> None:

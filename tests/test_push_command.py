@@ -27,7 +27,7 @@ from nla_hub.errors import InputError, NLAError, PublishError
 from nla_hub.hub import HubOptions
 from nla_hub.hub.writing import HubWriter
 from nla_hub.publish.check import TOLERANCE, Figures, figures
-from nla_hub.publish.plan import PushOptions, lines, look, make_plan
+from nla_hub.publish.plan import PushOptions, look, make_plan
 from nla_hub.publish.prepare import push_found
 from nla_hub.publish.staging.bundle import Wanted, stage
 from nla_hub.publish.staging.found import find
@@ -211,11 +211,28 @@ def test_a_dry_run_needs_neither_hub_nor_token(
     connected(here, monkeypatch, tmp_path / "home", None)
     anonymous = push(pair, "--dry-run")
     assert anonymous.exit_code == 0 and "OWNER/nla-tiny-L2-av" in anonymous.stdout
+    assert "nobody is logged in: a push needs a token" in anonymous.stdout
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     here.requests.clear()
     offline = push(pair, "--dry-run", "--repo", NAME)
     assert offline.exit_code == 0 and "the Hub was not asked what it has" in offline.stdout
     assert here.requests == []
+
+
+def test_a_dry_run_ends_with_why_the_push_would_be_refused(here: HubWorld, pair: Path) -> None:
+    elsewhere = push(pair, "--dry-run", "--repo", "other/t")
+    assert elsewhere.exit_code == 1, elsewhere.stderr
+    told = elsewhere.stdout.partition("\nThis push would be refused:\n")[2]
+    assert "other: This account may not write there" in told
+    assert told.splitlines()[-1].strip() == "Next: correct --repo (yours: owner/NAME)"
+    as_json = push(pair, "--dry-run", "--repo", "other/t", "--json")
+    assert as_json.exit_code == 1
+    (plan,) = map(json.loads, as_json.stdout.splitlines())
+    assert [text.splitlines()[0] for text in plan["refusals"]] == [told.splitlines()[0].strip()]
+    here.fail("whoami", 401, 99)
+    refused = push(pair, "--dry-run", "--repo", NAME)
+    assert refused.exit_code == 1 and "does not accept this token" in refused.stdout.splitlines()[-2]
+    assert here.written() == []
 
 
 def test_nobody_is_asked_without_a_terminal(here: HubWorld, pair: Path) -> None:
@@ -230,6 +247,8 @@ def test_nobody_is_asked_without_a_terminal(here: HubWorld, pair: Path) -> None:
     [
         (("./nowhere",), "no such directory"),
         (("owner/x",), "a repository of the Hub cannot be pushed"),
+        (("tiny",), "nla-hub download tiny --to ./pair, then nla-hub push ./pair"),
+        (("qwen2.5-7b",), "nla-hub download qwen2.5-7b --to ./pair"),
         ((WEIGHTS, "--repo", "a/b/c"), "no repository of this name"),
         ((WEIGHTS, "--repo", "a/-b"), "no repository of this name"),
         ((WEIGHTS, "--repo", "b."), "no repository of this name"),
@@ -283,7 +302,7 @@ def test_json_lines_hold_the_plan_and_what_was_published(here: HubWorld, pair: P
 )
 def test_options_that_exclude_each_other(here: HubWorld, pair: Path, arguments: tuple[str, ...], word: str) -> None:
     result = push(pair, "--repo", NAME, "--yes", *arguments)
-    assert result.exit_code == 1 and word in result.stderr
+    assert result.exit_code == 1 and word in result.stderr and "Next: " in result.stderr
     assert here.requests == []
 
 
@@ -293,9 +312,17 @@ def test_a_rehearsal_is_published_in_private_alone(here: HubWorld, pair: Path) -
     release = replace(release, facts=replace(release.facts, rehearsal=True))
     with pytest.raises(PublishError, match="rehearsal") as caught:
         make_plan(release, PushOptions(), HubWriter(HubOptions()))
-    assert "--private" in str(caught.value.next_step)
-    assert "would be refused" in "\n".join(lines(look(release, PushOptions(), HubWriter(HubOptions()))))
+    assert caught.value.next_step == "--private, or train it without --rehearse"
+    assert look(release, PushOptions(), HubWriter(HubOptions())).refusals == (str(caught.value),)
     assert make_plan(release, PushOptions(private=True), HubWriter(HubOptions())).to_send == release.size
+    for name in (AR, AV):
+        here.seed(name, {"README.md": b"# public\n"})
+    for private in (False, True):
+        with pytest.raises(PublishError, match="there already, and public") as public:
+            make_plan(release, PushOptions(private=private), HubWriter(HubOptions()))
+        assert public.value.next_step == (
+            "make it private in its settings, or name another with --repo and --private; or train it without --rehearse"
+        )
 
 
 def test_verify_score_needs_room(here: HubWorld, pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,11 +13,13 @@ from conftest import Case
 from hub_world import HubWorld, connected
 from huggingface_hub import constants
 
-from nla_hub import zoo
+from nla_hub import NLA, hub, zoo
+from nla_hub.cli.output import configure
 from nla_hub.errors import CheckpointError, SidecarError
 from nla_hub.hub import HubOptions
 from nla_hub.loading import Pair, open_pair
 from nla_hub.locate import PairRefs, Ref, half_named, resolve_pair, sibling_names
+from nla_hub.log import logger
 from nla_hub.sidecar import ReleaseRecord, Sidecar
 from nla_hub.zoo import ZooEntry
 
@@ -234,24 +236,118 @@ def test_two_copies_on_disk_are_told_to_be_fetched_again(halves: Halves) -> None
     assert "minutes" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("av", "ar", "with_", "without"), [(OLD, None, "AV", "AR"), (None, OLD, "AR", "AV")])
+@pytest.mark.parametrize(("av", "ar", "with_", "without"), [(OLD, None, "AV", "AR"), (None, NEW, "AR", "AV")])
 def test_a_half_without_a_release_beside_one_with_it_is_warned_about(
     halves: Halves,
-    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
     av: ReleaseRecord | None,
     ar: ReleaseRecord | None,
     with_: str,
     without: str,
 ) -> None:
+    monkeypatch.setattr(logger, "handlers", [logging.NullHandler()])
     halves.publish("av", av)
     halves.publish("ar", ar)
-    with caplog.at_level(logging.WARNING):
+    with pytest.warns(UserWarning, match=f"the {with_} is of release") as caught:
+        NLA.from_pretrained(AV)
+    assert [warning.filename for warning in caught] == [__file__]  # the reader's own line
+    text = str(caught[0].message)
+    release = av or ar
+    assert release is not None
+    for part in (
+        AV,
+        AR,
+        release.id,
+        release.tag,
+        f"the {without} names no release",
+        f'ar="{AR}@REVISION"',
+        "push both",
+    ):
+        assert part in text, text
+    assert ("a push is under way" in text) == (with_ == "AR")
+    opened(AV, ar=AR)  # the user knows what belongs together
+
+
+def test_the_command_line_says_it_in_one_line(
+    halves: Halves, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logger, "handlers", [logging.NullHandler()])
+    monkeypatch.setattr(logger, "level", logger.level)
+    configure(quiet=True)
+    halves.publish("av", None)
+    halves.publish("ar", NEW)
+    opened()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {AV} and {AR}: the AR is of release")
+
+
+# -- repositories that a push has not reached ----------------------------------------------------------------
+
+
+def begun(halves: Halves, role: str, *branches: str) -> str:
+    """A repository with its first commit alone, and branches; its name."""
+    repo = {"av": AV, "ar": AR}[role]
+    commit = halves.world.seed(repo, {"README.md": b"# soon"})
+    halves.world.store.repo(repo, "model").heads.update(dict.fromkeys(branches, commit))
+    return repo
+
+
+@pytest.mark.parametrize("missing", ["av", "ar"])
+def test_a_first_push_that_has_not_reached_a_repository_is_told(halves: Halves, missing: str) -> None:
+    repo = begun(halves, missing, f"nla-hub/{NEW.id}")
+    if missing == "av":
+        halves.publish("ar", NEW)
+    else:
+        halves.publish("av", None)
+    with pytest.raises(CheckpointError, match="a push is under way, or was cut short") as caught:
         opened()
-    assert f"the {with_} says of which release it is, the {without} does not" in caplog.text
-    caplog.clear()
-    with caplog.at_level(logging.WARNING):
-        opened(AV, ar=AR)  # the user knows what belongs together
-    assert "release" not in caplog.text
+    assert caught.value.where == repo
+    for part in (f"nla-hub/{NEW.id}", "try again in a few minutes", "its author", "nla-hub push"):
+        assert part in str(caught.value)
+    assert len(halves.world.of("refs")) == 1
+
+
+def test_a_repository_without_a_push_holds_no_half_and_no_load_asks_for_branches(halves: Halves) -> None:
+    halves.publish("ar", OLD, tag=True)
+    begun(halves, "av", "nla-hubs", "dev")
+    with pytest.raises(CheckpointError, match="No AV was found here"):
+        opened()
+    assert len(halves.world.of("refs")) == 1
+    halves.publish("av", OLD, tag=True)
+    halves.world.store.repo(AV, "model").heads[f"nla-hub/{NEW.id}"] = halves.world.branches(AV)["main"]  # the next push
+    opened()
+    assert len(halves.world.of("refs")) == 1
+
+
+def test_only_a_branch_waits_for_a_push(halves: Halves) -> None:
+    begun(halves, "av", f"nla-hub/{NEW.id}")
+    commit = halves.world.branches(AV)["main"]
+    halves.tag(AV, "old", commit)
+    for revision in ("old", commit):  # these stay as they are
+        with pytest.raises(CheckpointError, match="No AV was found here"):
+            opened(f"{AV}@{revision}")
+    with pytest.raises(CheckpointError, match="a push is under way"):
+        opened(f"{AV}@main")
+
+
+def test_without_a_network_nobody_is_asked_for_a_push(halves: Halves, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun(halves, "av", f"nla-hub/{NEW.id}")
+    hub.fetch(AV, revision=None, options=HubOptions(), files=["README.md"])
+    n = len(halves.world.requests)
+    with pytest.raises(CheckpointError, match="No AV was found here"):
+        open_pair(resolve_pair(AV), hub_options=HubOptions(local_files_only=True))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match="No AV was found here"):
+        opened()
+    assert len(halves.world.requests) == n
+
+
+def test_a_hub_that_does_not_tell_its_branches_is_asked_once(halves: Halves) -> None:
+    begun(halves, "av", f"nla-hub/{NEW.id}")
+    halves.world.fail("refs", 503, times=9)
+    with pytest.raises(CheckpointError, match="No AV was found here"):
+        opened()
+    assert len(halves.world.of("refs")) == 1
 
 
 # -- names ---------------------------------------------------------------------------------------------------

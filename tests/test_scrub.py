@@ -5,9 +5,12 @@ Tokens are put together here, so that no file of this repository holds one.
 
 from __future__ import annotations
 
+import bz2
 import getpass
+import gzip
 import io
 import json
+import lzma
 import pickle
 import shutil
 import socket
@@ -22,7 +25,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from nla_hub import resources
 from nla_hub.errors import PublishError
@@ -221,10 +224,78 @@ def test_the_texts_of_this_repository_hold_no_token() -> None:
     assert {name: what for name, what in found.items() if what} == {}
 
 
-def test_utf16_is_read_too(empty: Path) -> None:
-    text = f"one\ntwo {SECRETS['hugging face'][0]}\n"
-    message = refusal(release({"notes.txt": text.encode("utf-16")}), empty)
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+def test_letters_of_several_bytes_are_read_too(encoding: str, empty: Path) -> None:
+    text = f"one é\ntwo {SECRETS['hugging face'][0]}\n"
+    message = refusal(release({"notes.txt": text.encode(encoding)}), empty)
     assert "notes.txt, line 2, column 5: a Hugging Face token" in message
+
+
+def test_bytes_that_are_no_text_are_searched_as_they_are(empty: Path) -> None:
+    data = bytes(400) + SECRETS["hugging face"][0].encode() + bytes(100)
+    assert "a Hugging Face token" in refusal(release({"notes.txt": data}), empty)
+
+
+# -- JSON that says something else than it shows ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "vocab.json", "model.safetensors"])
+@pytest.mark.parametrize(
+    ("shown", "what"),
+    [
+        (r"\u002fhome\u002fsomeone\u002fx", "a home directory"),
+        (SECRETS["hugging face"][0].replace("_", r"\u005f"), "a Hugging Face token"),
+        (r"two lines\n" + SECRETS["openai"][0], "an OpenAI key"),
+        (r"two lines\n/home/someone/x", "a home directory"),
+        (SECRETS["address"][0].replace("/", r"\/"), "a user name and password in an address"),
+    ],
+)
+def test_escapes_hide_nothing(name: str, shown: str, what: str, empty: Path) -> None:
+    told = f'{{\n "__metadata__": {{"a": "\\u00e9 ok",\n "b": "{shown}"}}}}'.encode()
+    data = len(told).to_bytes(8, "little") + told if name.endswith(".safetensors") else told
+    message = refusal(release({name: data}), empty)
+    assert "line 3: " in message and f"{what} (" in message and "in a string with escapes" in message
+
+
+def test_what_is_shown_is_told_once(empty: Path) -> None:
+    told = f'{{"a": "\\u00e9 {SECRETS["hugging face"][0]} /home/someone/x"}}'.encode()
+    message = refusal(release({"config.json": told}), empty)
+    assert "2 findings" in message and "with escapes" not in message
+
+
+def test_escapes_in_a_vocabulary_are_words_of_it(empty: Path) -> None:
+    words = json.dumps({"model": {"vocab": {"é\n/home/user": 0, "Ġ/tmp/x": 1}, "merges": []}, "is": "\n"}).encode()
+    require_clean(release({"tokenizer.json": words}), source=empty)
+    planted = json.dumps({"model": {"vocab": {"é\n/home/user": 0}, "merges": []}, "is": "\n/home/x"}).encode()
+    assert refusal(release({"tokenizer.json": planted}), empty).count("a home directory") == 1
+
+
+@given(st.binary(max_size=200))
+@example(b'\\ "a\\')
+@example(b'"\\')
+def test_no_bytes_break_the_search_of_json(data: bytes) -> None:
+    list(secrets_of(Entry("config.json", data), Rules()))
+
+
+# -- names -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["hugging face", "e-mail"])
+@pytest.mark.parametrize("name", ["{}.txt", "{}/a.txt", "a/x {}.safetensors.index.json"])
+def test_names_of_files_and_folders_are_searched(case: str, name: str, tmp_path: Path) -> None:
+    secret, what = ALL[case]
+    name = name.format(secret)
+    message = refusal(release({name: b"{}"}), tmp_path / "empty")
+    (tmp_path / "pair" / name).parent.mkdir(parents=True)
+    (tmp_path / "pair" / name).write_bytes(b"{}")
+    beside = refusal(release({"README.md": b"x"}), tmp_path / "pair")
+    assert all(f"its name: {what} (" in told for told in (message, beside))
+    assert all(secret not in told for told in (message, beside))
+
+
+def test_names_with_an_at_are_no_addresses(empty: Path) -> None:
+    names = ("mean@L20.json", "step@v1.safetensors.index.json", "recall@10.md", "a@b/x.yaml")
+    require_clean(release(dict.fromkeys(names, b"{}")), source=empty)
 
 
 # -- tokenizers ------------------------------------------------------------------------------------------------
@@ -383,6 +454,17 @@ def torch_file() -> bytes:
     return stream.getvalue()
 
 
+class Runs:
+    """What a pickle may do."""
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
+        return print, ("x",)
+
+
+def old_pickle(what: object) -> bytes:
+    return pickle.dumps(what, protocol=0)
+
+
 NOTEBOOK = json.dumps({"cells": [{"cell_type": "code", "outputs": []}, {"outputs": [{"text": "x"}]}]}, indent=1)
 PLANTED: Mapping[str, tuple[str, bytes, str]] = {
     **{
@@ -409,6 +491,18 @@ PLANTED: Mapping[str, tuple[str, bytes, str]] = {
     "a pickle of torch": ("av/checkpoint/best.bin", torch_file(), "best.bin, a pickle"),
     "a pickle called as the run's own": ("ar/checkpoint/tokenizer.json", torch_file(), "tokenizer.json, a pickle in"),
     "a pickle by its content alone": ("notes.json", torch_file(), "notes.json, a pickle in an archive"),
+    "a notebook called something else": (
+        "look.json",
+        json.dumps({"nbformat": 4, **json.loads(NOTEBOOK)}).encode(),
+        "look.json, line 1: a notebook with the outputs of 1 cells",
+    ),
+    "a large pickle without a mark": ("thing.txt", old_pickle([Runs(), "x" * 2**17]), "thing.txt, a pickle"),
+    "a large pickle of texts": ("thing.txt", old_pickle([f"{n}" * 50 for n in range(9000)]), "thing.txt, a pickle"),
+    "a pickle that begins otherwise": ("thing.txt", b"I1\n0" + old_pickle(Runs()), "thing.txt, a pickle"),
+    **{
+        f"a pickle in {name}": (f"thing.{name}", packer(pickle.dumps([1, 2])), f"thing.{name}, a compressed pickle")
+        for name, packer in (("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress))
+    },
     **{
         f"a pickle of protocol {n}": (f"thing{n}", pickle.dumps({"a": np.zeros(1)}, protocol=n), f"thing{n}, a pickle")
         for n in range(6)
@@ -525,6 +619,39 @@ def test_a_notebook_without_outputs_is_a_text(tmp_path: Path) -> None:
     require_clean(release({"README.md": b"x"}), source=tmp_path)
     (tmp_path / "look.ipynb").write_text(json.dumps({"cells": [{"source": [TRACED["e-mail"][0]], "outputs": []}]}))
     assert "an e-mail address" in refusal(release({"README.md": b"x"}), tmp_path)
+
+
+def test_a_header_that_begins_like_a_pickle_is_none(tmp_path: Path, empty: Path) -> None:
+    """Its length has the bytes of a pickle's mark; a pickle is one under any name."""
+    save_file({"w": torch.zeros(4)}, tmp_path / "x.safetensors")
+    header, values = (tmp_path / "x.safetensors").read_bytes()[8:].partition(b"}")[::2]
+    for second in range(2, 6):
+        length = 0x80 + 256 * second
+        data = length.to_bytes(8, "little") + (header + b"}}").ljust(length) + values[-16:]
+        path = tmp_path / "model.safetensors"
+        path.write_bytes(data)
+        assert load_file(path)["w"].tolist() == [0] * 4
+        require_clean(release({"model.safetensors": path}), source=empty)
+        assert "a pickle" in refusal(release({"model.txt": data}), empty)
+        assert "a pickle" in refusal(release({"model.safetensors": data[:200]}), empty)
+    assert "a pickle" in refusal(release({"model.safetensors": pickle.dumps({"w": [1, 2]})}), empty)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "config\nmodel\nReadme\n",
+        "Various things\ncat\ndog\nRun\n.\n",
+        "(a)\nNone\nI\n",
+        "isympy\nsympy\n",
+        "S'a\\ b'\n",
+        "cat\ndog\nVan\nRun\ntR\n",
+        "}\n",
+        "(one of them).\n",
+    ],
+)
+def test_words_that_are_opcodes_too(text: str, empty: Path) -> None:
+    require_clean(release({"notes.txt": text.encode()}), source=empty)
 
 
 # -- what is sent ----------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,29 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import nla_hub
 from nla_hub.batching import pad_right
-from nla_hub.errors import InputError, MissingExtraError, RecipeError, RunError, TrainingError, UnknownNameError
+from nla_hub.errors import (
+    InputError,
+    MissingExtraError,
+    PublishError,
+    RecipeError,
+    RunError,
+    TrainingError,
+    UnknownNameError,
+)
 from nla_hub.geometry import direction_mse, norms
+from nla_hub.hub import HubOptions
 from nla_hub.injection import Injector
 from nla_hub.loading import Source
 from nla_hub.nla import NLA
 from nla_hub.pretrained import LoadOptions, load_causal_lm, load_tokenizer, load_trunk
 from nla_hub.prompts import ARPrompt, AVPrompt
+from nla_hub.publish.staging import bundle
+from nla_hub.publish.staging.bundle import Wanted
+from nla_hub.publish.staging.found import find
 from nla_hub.sidecar import Sidecar, Site
 from nla_hub.source_text import encode_source
 from nla_hub.testing import MARKER, random_pair
@@ -427,6 +440,21 @@ def test_a_finished_run_is_a_pair_that_loads(finished: tuple[Path, Recipe]) -> N
     scale = nla.sidecar.injection.scale
     vectors = read_rows(place / "data" / "checkpoint" / "av_sft.parquet").vectors
     assert scale == pytest.approx(float(torch.quantile(norms(vectors), 0.75)), rel=0.01)
+
+
+def test_a_finished_run_is_published_as_what_was_measured_and_nothing_else(
+    finished: tuple[Path, Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished[0], tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    wanted = Wanted(owner="me", licence="apache-2.0", base_model="tiny-source")
+    release = bundle.stage(find(Path("run")), wanted, options=HubOptions(), work=None)
+    assert release.facts is not None
+    assert release.facts.evaluation is not None
+    head = tmp_path / "run" / "export" / "checkpoint" / "ar" / "value_head.safetensors"
+    save_file({"weight": torch.eye(release.facts.ar.d_model)}, head)
+    with pytest.raises(PublishError, match=r"AR: .* holds other weights than the stage eval measured"):
+        bundle.stage(find(Path("run")), wanted, options=HubOptions(), work=None)
 
 
 def test_the_same_recipe_and_seed_give_the_same_weights(finished: tuple[Path, Recipe], tmp_path: Path) -> None:

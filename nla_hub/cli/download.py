@@ -149,4 +149,8 @@ def _from_cache(opened: Pair, name: str, options: Mapping[str, str | None]) -> s
         (role,) = opened.wanted
         return f'NLA.from_pretrained({json.dumps(name)}, components=("{role}",))'
     said = [f" --{option} {shlex.quote(value)}" for option, value in options.items() if value]
+    if opened.base is None:
+        from nla_hub.publish.card.snippets import base_option
+
+        said.append(base_option(opened.sidecar.base_model))
     return f'nla-hub explain "..." --nla {shlex.quote(name)}{"".join(said)}'

@@ -143,8 +143,8 @@ def push(
     to branches and checked there; then main gets all of it in one commit, AR before AV; then it is checked again and
     tagged. The same command finishes a push that was cut off, and sends nothing twice.
 
-    A dry run only asks the Hub what it has; HF_HUB_OFFLINE=1 keeps it from that too. The token is that of `hf auth login`, or
-    HF_TOKEN.
+    A dry run only asks the Hub what it has; HF_HUB_OFFLINE=1 keeps it from that too. Its exit code is 1 where the push would be
+    refused. The token is that of `hf auth login`, or HF_TOKEN.
     """
     from nla_hub.hub import HubOptions
     from nla_hub.hub.writing import HubWriter
@@ -185,14 +185,25 @@ def push(
     ):
         planned = prepare.plans(ready, writer, dry_run=dry_run)
         show(ready, planned, result=dry_run, as_json=as_json)
-        if not dry_run:
+        if dry_run:
+            _end_if_refused(planned, as_json=as_json)
+        else:
             confirm(planned, yes=yes)
             send(ready, planned, writer=writer, hub=hub, as_json=as_json)
 
 
 def _directory(source: str) -> Path:
     """The place that a user means by RUN_OR_DIR; raises an InputError where that can only be a repository."""
+    from nla_hub.zoo import zoo
+
     place = expand(source)
+    if not place.exists() and source in zoo():
+        raise InputError(
+            "There is no such directory; this is the name of a pair that somebody has published.",
+            got=repr(source),
+            expected="a run directory, one with av/ and ar/, or a data set",
+            next_step=f"nla-hub download {source} --to ./pair, then nla-hub push ./pair",
+        )
     if not place.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(@.*)?", source):
         raise InputError(
             "There is no such directory; a repository of the Hub cannot be pushed.",
@@ -227,7 +238,7 @@ def _can_ask() -> bool:
 def show(ready: Prepared, planned: Sequence[Plan], *, result: bool, as_json: bool) -> None:
     """Print the plan: on stdout where it is what was asked for (`result`, JSON), else for the person at the terminal."""
     from nla_hub.publish.check import depth
-    from nla_hub.publish.plan import lines, to_mapping
+    from nla_hub.publish.plan_words import lines, to_mapping
 
     for plan in planned:
         afterwards = depth(plan.release, plan.options)[1]
@@ -242,6 +253,16 @@ def show(ready: Prepared, planned: Sequence[Plan], *, result: bool, as_json: boo
     if not as_json:
         for line in ready.checked:
             output.message(f"checked: {line}")
+
+
+def _end_if_refused(planned: Sequence[Plan], *, as_json: bool) -> None:
+    """End a dry run with exit code 1 where a push would be refused, after why and what to do; JSON has said it in the plan."""
+    from nla_hub.publish.plan_words import refusal
+
+    if told := refusal(planned):
+        if not as_json:
+            output.print_text("\n".join(told))
+        raise typer.Exit(1)
 
 
 def confirm(planned: Sequence[Plan], *, yes: bool) -> None:

@@ -36,6 +36,9 @@ SMALL_FILES = tuple(pattern for pattern in MODEL_FILES if "safetensors" not in p
 An index of weights (`model.safetensors.index.json`) is among them.
 """
 
+UPLOAD_BRANCHES = "nla-hub/"
+"""What the branches begin with that releases are sent to before they are published."""
+
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -197,6 +200,21 @@ def exists(repo: str, *, revision: str | None = None, options: HubOptions) -> bo
         with suppress(HubError):
             return bool(_cached_listing(repo, revision, options).commit)
         raise
+
+
+def pending_push(repo: str, *, revision: str | None, options: HubOptions) -> str | None:
+    """The branch of a push that a branch (`revision` None: main) of a model repository still waits for.
+
+    None: there is none, or `revision` is no branch, so it stays as it is. It only explains what is missing, so it is asked
+    once, and a Hub that does not answer is None too.
+    """
+    from huggingface_hub import HfApi
+
+    with suppress(Exception):  # whatever goes wrong, what was found missing is what must be told
+        branches = [branch.name for branch in HfApi(token=options.token).list_repo_refs(repo).branches]
+        if (revision or "main") in branches:
+            return next((name for name in branches if name.startswith(UPLOAD_BRANCHES)), None)
+    return None
 
 
 # The calls of the client

@@ -25,6 +25,9 @@ AT_MOST = 1000
 QUICK = 4.0
 """Seconds that a notice may take, which nobody asked for."""
 
+REHEARSAL_TAG = "rehearsal"
+"""The tag of what only tried whether everything fits together: random weights."""
+
 _MOST_TAGS = 500
 _REPO = re.compile(r"\w[\w.-]{0,99}/\w[\w.-]{0,99}", re.ASCII)
 _WORD = re.compile(r"[\w.+/:@-]{1,200}", re.ASCII)
@@ -67,7 +70,7 @@ class ListedModel:
 def listed_models(
     tags: Sequence[str], *, also: Sequence[str] = (), author: str | None = None, options: HubOptions
 ) -> list[ListedModel]:
-    """Model repositories that carry at least one of `tags`, the most downloaded first, each once.
+    """Model repositories that carry at least one of `tags`, the most downloaded first, each once; rehearsals are left out.
 
     Args:
         tags: one question to the Hub each, of whose answer at most `AT_MOST` repositories are read.
@@ -99,7 +102,8 @@ def listed_models(
             return list(islice(asked, AT_MOST))
 
         answers = ask(call, repo=where, revision=None, local_only=False)
-        return [found for answer in answers if (found := _listed(answer)) is not None]
+        listed = [found for answer in answers if (found := _listed(answer)) is not None]
+        return [found for found in listed if REHEARSAL_TAG not in found.tags]
 
     with ThreadPoolExecutor(max_workers=len(tags)) as pool:
         found = {model.repo: model for models in pool.map(one, tags) for model in models}

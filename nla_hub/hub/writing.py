@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 from nla_hub.errors import HubError, HubNotFoundError
 from nla_hub.hub import HubOptions
-from nla_hub.hub.accounts import may_write
+from nla_hub.hub.accounts import may_write, only_reads, require_connection
 from nla_hub.hub.collections import collect
 from nla_hub.hub.commits import (
     COMMIT_FILES,
@@ -71,23 +71,31 @@ class HubWriter:
         from huggingface_hub.errors import LocalTokenNotFoundError
 
         def ask() -> Mapping[str, Any]:
+            require_connection()
             if self._options.token is False:
                 raise LocalTokenNotFoundError
             return self._api.whoami()
 
         return persist(ask, where="account")
 
+    @property
+    def is_anonymous(self) -> bool:
+        """Whether there is no token at all; nobody is asked."""
+        from huggingface_hub import get_token
+
+        return self._options.token is False or not (isinstance(self._options.token, str) or get_token())
+
     def account(self) -> str:
         """Name of the account whose token is used; a HubAuthError without one."""
         return str(self._whoami["name"])
 
     def may_write(self, owner: str) -> bool:
-        """Whether this token may make repositories of `owner`: False only where the Hub says so by itself.
-
-        What it says of an account: its organisations with the role there, and the token's role; of a fine-grained token, what
-        it may do for whom. What that leaves open, a refusal will tell.
-        """
+        """Whether this token may make repositories of `owner`: False only where the Hub says so by itself."""
         return may_write(self._whoami, owner)
+
+    def only_reads(self) -> bool:
+        """Whether this token may write nowhere at all."""
+        return only_reads(self._whoami)
 
     def create(self, repo: str, kind: RepoKind, *, private: bool) -> bool:
         """Make a repository; False where it was there (its visibility stays as it is)."""
@@ -158,7 +166,7 @@ class HubWriter:
         A call that was cut off, or killed, is made again with the same arguments. Other files of the revision stay. Hashes are
         taken anew from what is sent: a file that changed since `files` was made is noticed.
         """
-        told = progress or _silent
+        told = progress or (lambda name, size: None)
         held, missing = self._there(repo, kind, revision), []
         for file in files:
             if file.is_there(held.files.get(file.name)):
@@ -257,6 +265,12 @@ class HubWriter:
             return commit
 
         there() or persist(make, where=place(repo, tag), settled=there)
+        if there() is None:
+            raise HubError(
+                "The Hub did not make this tag, though it did not refuse it.",
+                where=place(repo, tag),
+                next_step="look at proxies and login pages of the network, then run the same command again",
+            )
 
     def pull_request(self, repo: str, kind: RepoKind, *, title: str, description: str) -> PullRequest:
         """A draft pull request of this account with exactly this title: the open one, or a new one."""
@@ -299,8 +313,6 @@ class HubWriter:
         """The page of a repository."""
         page = f"{self._api.endpoint}/{'datasets/' if kind == 'dataset' else ''}{repo}"
         return f"{page}/tree/{quote(revision, safe='')}" if revision else page
-
-    # Small parts
 
     def _info(self, repo: str, kind: RepoKind, revision: str | None) -> Any:
         """What the Hub says of a repository; None where it or the revision is not there."""
@@ -387,10 +399,6 @@ class HubWriter:
             return str(done.oid)
 
         return persist(act, where=place(repo, revision), settled=settled)
-
-
-def _silent(name: str, size: int) -> None:
-    pass
 
 
 def _request(found: Any) -> PullRequest:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from nla_hub.errors import HubGatedError, PublishError
+from nla_hub.errors import HubAuthError, HubGatedError, PublishError
+from nla_hub.hub import UPLOAD_BRANCHES
 from nla_hub.hub.writing import HubWriter, Outgoing, Tree
 from nla_hub.publish.release import Entry, Release, StagedRepo
 
@@ -20,8 +21,7 @@ State = Literal["new", "changed", "unchanged", "sent", "removed", "not asked"]
 GIT_ATTRIBUTES = ".gitattributes"
 """The Hub's own list of what it keeps as large files; it is in every repository and in no release."""
 
-BRANCHES = "nla-hub/"
-"""What the branches begin with that releases are sent to before they are published."""
+BRANCHES = UPLOAD_BRANCHES
 
 
 @dataclass(frozen=True)
@@ -102,13 +102,20 @@ class RepoPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a push of `release` does; `unasked` says why the Hub's side of it is not known."""
+    """What a push of `release` does.
+
+    Attributes:
+        unasked: why the Hub's side of it is not known.
+        refusals: of a plan that somebody only looks at: the errors, with their next steps, that a push would end with.
+        notes: what a push would need besides.
+    """
 
     release: Release
     options: PushOptions
     repos: tuple[RepoPlan, ...]
     unasked: str | None = None
-    notes: tuple[str, ...] = field(default=())
+    refusals: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def to_send(self) -> int:
@@ -165,8 +172,7 @@ def make_plan(release: Release, options: PushOptions, writer: HubWriter) -> Plan
         PublishError: what the Hub has stands in the way.
         HubAuthError: no token. HubGatedError: one that may not write there. HubError and its children.
     """
-    if not options.create_pr:
-        require_rights(writer, [repo.name for repo in release.repos])
+    require_rights(writer, release.repos, create_pr=options.create_pr)
     plan = Plan(release, options, tuple(_repo_plan(repo, release, options, writer) for repo in release.repos))
     _require_way(plan)
     return plan
@@ -182,35 +188,65 @@ def unasked_plan(release: Release, options: PushOptions, reason: str) -> Plan:
 
 
 def look(release: Release, options: PushOptions, writer: HubWriter) -> Plan:
-    """A plan for somebody who only wants to see it: what forbids a push is a note in it. Nothing is asked about rights.
+    """A plan for somebody who only wants to see it: what would end a push stands in its `refusals`.
 
     Raises:
         HubError and its children.
     """
     plan = Plan(release, options, tuple(_repo_plan(repo, release, options, writer) for repo in release.repos))
+    refusals = []
+    try:
+        if not writer.is_anonymous:
+            require_rights(writer, release.repos, create_pr=options.create_pr)
+    except (HubAuthError, HubGatedError) as error:
+        refusals.append(str(error))
     try:
         _require_way(plan)
     except PublishError as error:
-        return Plan(plan.release, plan.options, plan.repos, notes=(f"would be refused: {error.one_line()}",))
-    return plan
+        refusals.append(str(error))
+    notes = (NOT_LOGGED_IN,) if writer.is_anonymous else ()
+    return replace(plan, refusals=tuple(refusals), notes=notes)
 
 
-def require_rights(writer: HubWriter, repos: Iterable[str]) -> None:
-    """Refuse where this account may not write; nothing is made.
+def require_rights(writer: HubWriter, repos: Sequence[StagedRepo], *, create_pr: bool = False) -> None:
+    """Refuse where this account, or this token of it, may not write; nothing is made.
+
+    Args:
+        create_pr: ask for no more than pull requests need, which anybody may open.
 
     Raises:
-        HubAuthError: no token, or a wrong one. HubGatedError: repositories of somebody else.
+        HubAuthError: no token, or a wrong one. HubGatedError: a token that may not write, repositories of somebody else.
     """
-    for owner in sorted({name.partition("/")[0] for name in repos}):
-        if not writer.may_write(owner):
-            account = writer.account()
+    account = writer.account()
+    if writer.only_reads():
+        raise HubGatedError(
+            "This token may not write.",
+            where=", ".join(repo.name for repo in repos),
+            got=f"a token of {account} that may only read",
+            next_step=_TOKEN,
+        )
+    for owner in sorted({repo.name.partition("/")[0] for repo in repos}):
+        if create_pr or writer.may_write(owner):
+            continue
+        if owner == account:
             raise HubGatedError(
-                "This account may not write there.",
+                "This token may not write there.",
                 where=owner,
-                got=f"the token of {account}",
-                expected=f"{account}, or an organisation that it may write to",
-                next_step=f"--repo {account}/NAME, a token with the right to write (`hf auth login`), or --create-pr",
+                got=f"a fine-grained token of {account} without that right",
+                next_step=_TOKEN,
             )
+        there = all(writer.is_private(r.name, r.kind) is not None for r in repos if r.name.partition("/")[0] == owner)
+        raise HubGatedError(
+            "This account may not write there.",
+            where=owner,
+            got=f"the token of {account}",
+            expected=f"{account}, or an organisation that it may write to",
+            next_step=f"correct --repo (yours: {account}/NAME)" + (", or propose it with --create-pr" if there else ""),
+        )
+
+
+NOT_LOGGED_IN = "nobody is logged in: a push needs a token that may write (`hf auth login`, or HF_TOKEN)"
+_TOKEN = "a token with the right to write (`hf auth login`)"
 
 
 # -- one repository --------------------------------------------------------------------------------------------
@@ -289,103 +325,41 @@ def _require_way(plan: Plan) -> None:
     """Raise a PublishError with everything on the Hub that forbids this push."""
     release, options = plan.release, plan.options
     found, steps = [], []
+    rehearsal = release.facts is not None and release.facts.rehearsal
     for one in plan.repos:
         name, remote = one.repo.name, one.remote
         if remote is None:
             if options.create_pr:
                 found.append(f"{name}: there is no such repository to make a pull request for")
-                steps.append("leave --create-pr out")
+                steps.append("correct --repo, or leave --create-pr out")
             continue
-        if options.private and not remote.private:
+        if (options.private or rehearsal) and not remote.private:
             found.append(f"{name} is there already, and public: what is sent there can be read by everybody")
-            steps.append("make it private in its settings, or name another with --repo, or leave --private out")
+            ways = [
+                "make it private in its settings",
+                f"name another with --repo{' and --private' if rehearsal else ''}",
+            ]
+            steps.append(", or ".join(ways if rehearsal else [*ways, "leave --private out"]))
         if not options.create_pr and remote.tagged is not None and not one.is_tagged:
-            told = (
-                "this release, and the branch has moved on"
-                if not faults(one.repo, remote.tagged)
-                else "another release"
-            )
             found.append(
-                f"{name}: the tag {release.tag} is there already, and names {told} ({remote.tagged.commit[:12]})"
+                f"{name}: the tag {release.tag} is there already, and names {_tagged_as(one.repo, remote.tagged, release)}"
+                f" ({remote.tagged.commit[:12]})"
             )
             steps.append("another name for this one: --tag NAME")
-    if release.facts is not None and release.facts.rehearsal and not all(one.private for one in plan.repos):
+    if rehearsal and not all(one.private for one in plan.repos):
         found.append("this is a rehearsal's pair: random weights, which nobody should find")
-        steps.append("--private, or train it without --rehearse")
+        new = not options.private and any(one.remote is None for one in plan.repos)
+        steps.append("--private, or train it without --rehearse" if new else "or train it without --rehearse")
     if found:
         raise PublishError(
             "The release cannot be published as asked.", faults=found, next_step="; ".join(dict.fromkeys(steps))
         )
 
 
-# -- the plan in words -----------------------------------------------------------------------------------------
-
-
-def lines(plan: Plan) -> list[str]:
-    """The plan for a person, file by file."""
-    release, options = plan.release, plan.options
-    found = []
-    width = max((len(f"{c.size:,}") for repo in plan.repos for c in repo.changes), default=1) + 1
-    for one in plan.repos:
-        found.append(f"{one.repo.name}  {_described(one, plan)}")
-        for change in one.changes:
-            size = f"~{change.size:,}" if change.estimated else f"{change.size:,}"
-            found.append(f"  {change.state:<9} {size:>{width}}  {change.name}")
-        if one.remote is not None and one.remote.left_over:
-            found.append(f"  (branches of pushes that were not finished: {', '.join(one.remote.left_over)})")
-    if release.facts is not None:
-        found.append(f"licence    {release.facts.licence.id}")
-    found.append(f"release    {release.id or 'not known before its weights are made'}")
-    found.append(f"tag        {'none: a pull request has none' if options.create_pr else release.tag}")
-    found.append(f"goes to    {_where(plan)}")
-    if options.collection is not None:
-        found.append(f"collection {options.collection}")
-    n = sum(c.state in ("new", "changed", "not asked") for one in plan.repos for c in one.changes)
-    found.append(f"to send    {plan.to_send:,} bytes in {n} {'file' if n == 1 else 'files'} at most")
-    if plan.unasked is not None:
-        found.append(f"the Hub was not asked what it has: {plan.unasked}")
-    return [*found, *plan.notes]
-
-
-def _described(one: RepoPlan, plan: Plan) -> str:
-    kind = "model" if one.repo.kind == "model" else "data set"
-    private = plan.options.private if one.private is None else one.private
-    seen = "private" if private else "public"
-    if plan.unasked is not None:
-        return f"({kind}, {seen} if it is new)"
-    if one.remote is None:
-        return f"({kind}, {seen}, new)"
-    return f"({kind}, {seen}{', published already' if one.is_published else ''})"
-
-
-def _where(plan: Plan) -> str:
-    if plan.options.tag_only:
-        return "its tag alone; no branch is changed"
-    if plan.options.create_pr:
-        return "a pull request" if len(plan.repos) == 1 else f"{len(plan.repos)} pull requests"
-    return plan.options.target
-
-
-def to_mapping(plan: Plan) -> dict[str, Any]:
-    """The plan as JSON has it."""
-    return {
-        "event": "plan",
-        "release": plan.release.id,
-        "tag": None if plan.options.create_pr else plan.release.tag,
-        "target": None if plan.options.create_pr or plan.options.tag_only else plan.options.target,
-        "licence": plan.release.facts.licence.id if plan.release.facts is not None else None,
-        "to_send": plan.to_send,
-        "unasked": plan.unasked,
-        "notes": list(plan.notes),
-        "repos": [
-            {
-                "repo": one.repo.name,
-                "kind": one.repo.kind,
-                "role": one.repo.role,
-                "private": one.private,
-                "is_new": None if plan.unasked is not None else one.remote is None,
-                "files": [vars(change) for change in one.changes],
-            }
-            for one in plan.repos
-        ],
-    }
+def _tagged_as(repo: StagedRepo, tagged: Tree, release: Release) -> str:
+    """What a tag names that cannot be this release's, in words."""
+    if not faults(repo, tagged):
+        return "this release, and the branch has moved on"
+    if release.id is not None and release.tag.endswith(release.id):
+        return "this release with other words (card, sidecar or licence files)"
+    return "another release"

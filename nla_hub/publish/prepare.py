@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nla_hub.errors import HubError, InputError, PublishError
+from nla_hub.errors import HubAuthError, HubError, HubGatedError, InputError, PublishError
 from nla_hub.hub import HubOptions
 from nla_hub.hub.writing import HubWriter
 from nla_hub.publish.check import LocalPair
@@ -90,20 +90,30 @@ def require_options(options: PushOptions, wanted: Wanted) -> None:
     Raises:
         InputError: ways of publishing that exclude each other. PublishError: no name of a repository.
     """
-    for ruled_out, why in (
-        (options.create_pr and options.revision, "a pull request is for main: leave out revision or create_pr"),
+    for ruled_out, why, next_step in (
+        (
+            options.create_pr and options.revision,
+            "a pull request is for main",
+            "leave --revision or --create-pr out",
+        ),
         (
             options.create_pr and wanted.steps,
-            "steps become tags, and a pull request has none: leave out steps or create_pr",
+            "steps become tags, and a pull request has none",
+            "leave --steps or --create-pr out",
         ),
         (
             options.create_pr and options.collection,
-            "only what is published goes into a collection: leave out one of them",
+            "only what is published goes into a collection",
+            "leave --collection or --create-pr out",
         ),
-        ((options.revision or "").startswith((BRANCHES, "refs/")), f"branches {BRANCHES}* and refs/* have other uses"),
+        (
+            (options.revision or "").startswith((BRANCHES, "refs/")),
+            f"branches {BRANCHES}* and refs/* have other uses",
+            "name another branch with --revision, or leave it out for main",
+        ),
     ):
         if ruled_out:
-            raise InputError("This cannot be published so.", expected=why)
+            raise InputError(f"This cannot be published so: {why}.", next_step=next_step)
     if wanted.repo is not None:
         naming.data_name(wanted.repo if "/" in wanted.repo else f"{ANYBODY}/{wanted.repo}")
 
@@ -204,7 +214,9 @@ def plans(ready: Prepared, writer: HubWriter, *, dry_run: bool) -> list[Plan]:
         try:
             found.append(look(part.release, part.options, writer))
         except HubError as error:
-            found.append(unasked_plan(part.release, part.options, error.one_line()))
+            plan = unasked_plan(part.release, part.options, error.one_line())
+            refused = isinstance(error, HubAuthError | HubGatedError)
+            found.append(replace(plan, refusals=(str(error),) if refused else ()))
     return found
 
 

@@ -45,6 +45,7 @@ from nla_hub.training.splits import EVALUATION_NAME, require_held_out
 from nla_hub.training.stages import IN_ALL_PROCESSES, Listener, require_stages, stages_of
 from nla_hub.training.state import TrainingState
 from nla_hub.training.view.report import write_report
+from nla_hub.weights import file_hashes
 
 if TYPE_CHECKING:
     pass
@@ -344,7 +345,8 @@ class Pipeline:
         record_score(self.pair_directory, result, measured.own.vectors)
         yaml_io.write_text(directory.path / "result.json", json.dumps(result.to_dict(), indent=1) + "\n")
         figures = {name: value for name, value in result.figures().items() if value is not None}
-        return {**figures, "evaluation_documents_trained_on": shared}
+        weights = {role: file_hashes(self.pair_directory / role) for role in ("av", "ar")}
+        return {**figures, "evaluation_documents_trained_on": shared, "weights": weights}
 
     def _eval_corpus(self) -> Path | None:
         """The held-out documents of a protocol that has none of its own."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from nla_hub.hub.search import REHEARSAL_TAG
 from nla_hub.publish.card.rules import on_the_hub
 from nla_hub.publish.facts import Form, Licence, Quantised
 from nla_hub.publish.release import RepoRole
@@ -19,8 +20,6 @@ ROLE_TAGS: Mapping[RepoRole, tuple[str, ...]] = {
     "data": (),
 }
 """By which `nla-hub models search` finds pairs."""
-
-REHEARSAL_TAG = "rehearsal"
 
 
 def relation(form: Form, quantised: Quantised | None) -> str:

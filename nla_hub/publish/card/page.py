@@ -16,7 +16,7 @@ from nla_hub.evaluation.render import NOT_MEASURED, number
 from nla_hub.publish.card import scores
 from nla_hub.publish.card.contract import Contract
 from nla_hub.publish.card.metadata import model_metadata, relation
-from nla_hub.publish.card.snippets import unpacked_by, with_nla_hub, with_transformers
+from nla_hub.publish.card.snippets import base_note, base_option, unpacked_by, with_nla_hub, with_transformers
 from nla_hub.publish.card.templates import card, render
 from nla_hub.publish.card.text import CONTEXT_CHARACTERS, SAMPLE_CHARACTERS, code, fenced, inline, table, visible
 from nla_hub.publish.facts import Effort, Form, Licence, Quantised, RecipeFacts, ReleaseFacts, ReleaseNames
@@ -139,6 +139,7 @@ class Page:
             form_word=self.quantised or self.form,
             published=self.published,
             verify=self._verify(),
+            verify_note=None if self.contract.base_model is None else base_note(self.contract.base_model),
             samples=scores.samples(self.evaluation),
             context_characters=CONTEXT_CHARACTERS,
             sample_characters=SAMPLE_CHARACTERS,
@@ -217,7 +218,8 @@ class Page:
             protocol = self.evaluation.protocol.name
         name = (protocol or "nla-eval-v1").partition("+")[0]
         corpus = "" if name.startswith("tiny") else " --corpus DOCUMENTS.jsonl"
-        return f"pip install nla-hub\nnla-hub eval {self.names.av}@{self.names.tag} --protocol {name}{corpus}"
+        base = "" if self.contract.base_model is None else base_option(self.contract.base_model)
+        return f"pip install nla-hub\nnla-hub eval {self.names.av}@{self.names.tag} --protocol {name}{corpus}{base}"
 
     # -- how it was made -------------------------------------------------------------------------------------
 
@@ -254,8 +256,18 @@ class Page:
         if lines:
             text = "\n".join(["Documents come from:", "", *lines])
         else:
-            text = f"What documents it learned from: {NOT_KNOWN}."
+            text = self._local_data()
         return "\n\n".join([text, *(inline(sentence) for sentence in self.attribution)])
+
+    def _local_data(self) -> str:
+        """Where documents come from, where no data set of the Hub is among them."""
+        data = None if self.recipe is None else self.recipe.resolved.get("data")
+        told = data if isinstance(data, Mapping) else {}
+        if told.get("corpus"):
+            return f"Documents: the corpus {code(str(told['corpus']))} of the recipe above, no data set of the Hub."
+        if told.get("mix"):
+            return "Documents: files of whoever ran the recipe above, no data set of the Hub."
+        return f"What documents it learned from: {NOT_KNOWN}."
 
     # -- form, licence ---------------------------------------------------------------------------------------
 

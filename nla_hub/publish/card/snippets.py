@@ -6,6 +6,7 @@ Both are written for exactly this contract, and tests run them on random reposit
 from __future__ import annotations
 
 import json
+import shlex
 from typing import Any
 
 from nla_hub import registry
@@ -13,15 +14,47 @@ from nla_hub.adapters import Adapter
 from nla_hub.publish.card.contract import Contract
 from nla_hub.publish.card.rules import on_the_hub
 from nla_hub.publish.card.templates import render
+from nla_hub.publish.card.text import code
 from nla_hub.publish.facts import Form, Quantised, ReleaseNames
 from nla_hub.publish.release import RepoRole
+from nla_hub.publish.staging.naming import MADE_HERE
 from nla_hub.sidecar import Role
+from nla_hub.zoo import zoo
 
 TEXT = "The quick brown fox jumps over the lazy dog."
 """Whose last token is explained."""
 
 EXPLANATIONS = ("a fable about a clever fox", "the end of a sentence")
 """What is turned into vectors."""
+
+BASE = "./BASE"
+"""Stands for the directory of a base model that nobody can download."""
+
+
+def base_option(base_model: str | None) -> str:
+    """What a command needs besides a pair's name to find its base model; "" where the Hub has that.
+
+    A base model that a run trained is called by its recipe. Of a recipe whose pair is packaged, the pair's name stands for it.
+    """
+    if on_the_hub(base_model):
+        return ""
+    packaged = (entry.name for entry in zoo().values() if entry.packaged)
+    name = next((name for name in packaged if base_model == f"{name}{MADE_HERE}"), BASE)
+    return f" --base-model {shlex.quote(name)}"
+
+
+def base_note(base_model: str) -> str | None:
+    """What `base_option` stands for, in Markdown; None where there is no option."""
+    option = base_option(base_model)
+    if not option:
+        return None
+    told = f"The base model, {code(base_model)}, is not on the Hub."
+    if option.endswith(BASE):
+        return f"{told} Its directory is needed: `{BASE}` stands for that."
+    name = code(option.split()[-1])
+    return (
+        f"{told} {name} names the one that is packaged with nla-hub; of one that was trained anew name its directory."
+    )
 
 
 def with_nla_hub(contract: Contract, names: ReleaseNames, role: RepoRole) -> str:

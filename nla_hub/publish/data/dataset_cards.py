@@ -8,7 +8,9 @@ from typing import Any
 
 from nla_hub.evaluation.render import number
 from nla_hub.explain.schema import COLUMNS, JOB, MANIFEST, PARTS, VECTORS
+from nla_hub.geometry import FVE
 from nla_hub.publish.card import dataset_card, size_category
+from nla_hub.publish.card.scores import BASELINES
 from nla_hub.publish.card.text import beginning, code, ending, inline, table
 from nla_hub.publish.data.activations import ActivationFacts
 from nla_hub.publish.data.evaluation_set import COLUMNS as EVALUATION_COLUMNS
@@ -156,9 +158,19 @@ def _figures(facts: JobFacts) -> str:
     ]
     explained = facts.rows - facts.counts.get("error", 0)
     lines = [table(("rows", "n", "share"), counts), ""]
-    lines += [f"- {fve}" for fve in facts.fve]
+    own = not _mapping(facts.config.get("reference"))
+    lines += [f"- {_fve(fve, own=own)}" for fve in facts.fve]
     lines.append(f"- mean cosine: {number(facts.mean_cosine)}" + (f" (n={explained:,})" if explained else ""))
     return "\n".join(lines)
+
+
+def _fve(fve: FVE, *, own: bool) -> str:
+    """A score of these rows; unless their vectors are their `own` reference, only its denominator is the named data set's."""
+    if fve.value is None:
+        return str(fve)
+    name = BASELINES[fve.baseline]
+    denominator = f"their own {name} denominator" if own else f"the {name} denominator of {_safe(fve.dataset)}"
+    return f"FVE of these {fve.n:,} rows against {denominator}: {number(fve.value)}"
 
 
 def _provenance(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> Iterable[tuple[str, str]]:

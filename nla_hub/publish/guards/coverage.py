@@ -8,15 +8,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from math import prod
+from math import isfinite, prod
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nla_hub.adapters import Adapter
 from nla_hub.checkpoints import HEAD_PREFIX
 from nla_hub.layouts import ADAPTER_WEIGHTS_NAME, AR_LORA_NAME
-from nla_hub.publish.guards.stored import Part, StoredFile
+from nla_hub.publish.guards.stored import DESTROYED, Part, StoredFile
 from nla_hub.publish.release import Entry
 from nla_hub.sidecar import Role, Sidecar
 from nla_hub.weights import ADAPTER_CONFIG_NAME, HEAD_NAME, INDEX_NAME, WEIGHTS_NAME, matches
@@ -120,7 +121,7 @@ def _owner(name: str) -> str:
 
 
 def head_faults(files: Files, d_model: int) -> Iterator[str]:
-    """What is wrong with the value head of an AR: a weight [d, d], perhaps a bias [d], in a float dtype, no row of zeros."""
+    """What is wrong with the value head of an AR: a weight [d, d], perhaps a bias [d], in a float dtype, not destroyed."""
     lora = AR_LORA_NAME in files and HEAD_NAME not in files
     place, prefix = (AR_LORA_NAME, HEAD_PREFIX) if lora else (HEAD_NAME, "")
     if place not in files:
@@ -139,9 +140,25 @@ def head_faults(files: Files, d_model: int) -> Iterator[str]:
         elif part.dtype not in HEAD_DTYPES:
             yield f"{place}: {name} is {part.dtype}, expected {', '.join(HEAD_DTYPES)}"
         elif name == "weight" and not file.faults:
-            empty = int((file.tensor(prefix + name) == 0).all(dim=1).sum())
-            if empty:
-                yield f"{place}: {empty} of {d_model} rows of the weight are all zeros: an export destroyed them"
+            yield from (f"{place}: {name}: {fault}" for fault in _destroyed(file.tensor(prefix + name)))
+
+
+def _destroyed(weight: Tensor) -> Iterator[str]:
+    """What no training leaves in a head's weight [d, d]; its values are finite, or that is told elsewhere."""
+    is_zero = weight == 0
+    if bool(is_zero.all()):
+        return  # told of every matrix
+    width = len(weight)
+    for lines, dim in (("rows", 1), ("columns", 0)):
+        if empty := int(is_zero.all(dim=dim).sum()):
+            yield f"{empty} of {width} {lines} of the weight are all zeros: {DESTROYED}"
+    for lines, first in (("rows", weight[:1]), ("columns", weight[:, :1])):
+        if width > 1 and bool((weight == first).all()):
+            yield f"all {lines} of the weight are equal, so every text gives one direction: {DESTROYED}"
+    smallest, largest = weight.aminmax()
+    size = max(-float(smallest), float(largest))
+    if isfinite(size) and width * size**2 > torch.finfo(torch.float32).max:
+        yield f"its largest value is {size:.3g}, with which the length of a vector overflows float32: {DESTROYED}"
 
 
 def factor_faults(files: Files, config: Entry | None, blocks: int | None, base_model: str) -> Iterator[str]:

@@ -24,6 +24,14 @@ _LEFTOVER = re.compile(r"\{\{|\{%|%\}|\{#|\{injection|\{explanation|\bTODO\b|\bF
 _EMPTY = re.compile(r"(?:^|[|:=(]\s*)(?:None|nan|NaN|inf|null)\s*(?=$|[|),;.])")
 """A figure that nobody filled in: alone in a cell, or behind a colon. The word inside a sentence is a word."""
 
+_LICENCE_TEXT = re.compile(r"(?:LICEN[CS]E|USE_POLICY)[^/]*")
+"""Names of files with a licence's own words; a NOTICE may be a line."""
+
+SHORTEST_LICENCE = 100
+"""Bytes; the shortest licences in use (0BSD, WTFPL) have some 500. What is shorter is an empty or cut download."""
+
+_WEB_PAGE = re.compile(rb"(?i)\s*(?:\xef\xbb\xbf)?\s*<(?:!doctype|html)\b")
+
 _COMMIT = re.compile(r"[0-9a-f]{40}|sha256:[0-9a-f]{64}")
 
 
@@ -45,7 +53,7 @@ def name_faults(repo: StagedRepo) -> Iterator[str]:
             yield f"{entry.name}: {entry.size:,} bytes, and the Hub takes {LARGEST:,} a file: save it in shards"
     names = [entry.name for entry in repo.entries]
     yield from (f"{name} stands twice" for name in sorted({n for n in names if names.count(n) > 1}))
-    if CARD_NAME not in names:
+    if CARD_NAME not in {*names, *repo.to_be_written}:
         yield f"{CARD_NAME} is missing"
 
 
@@ -58,11 +66,23 @@ def licence_faults(repo: StagedRepo, facts: ReleaseFacts) -> Iterator[str]:
             yield f"the licence file {name} is missing; {licence.id} asks for it"
         elif b"".join(entry.chunks()) != content:
             yield f"{name} is not the text that {licence.id} asks for"
+    for entry in repo.entries:
+        if _LICENCE_TEXT.fullmatch(entry.name.rpartition("/")[2]):
+            yield from _licence_text_faults(entry)
     short = repo.name.rpartition("/")[2]
     if licence.name_starts_with and not short.lower().startswith(licence.name_starts_with.lower()):
         yield f"its name must begin with {licence.name_starts_with!r} ({licence.id})"
     if licence.notice and (card := repo.entry(CARD_NAME)) is not None and licence.notice.encode() not in _read(card):
         yield f"{CARD_NAME} does not say {licence.notice!r}, which {licence.id} asks for"
+
+
+def _licence_text_faults(entry: Entry) -> Iterator[str]:
+    """A licence file without a licence in it: nothing, or the page that a server sent in its place."""
+    data = _read(entry)
+    if len(data.strip()) < SHORTEST_LICENCE:
+        yield f"{entry.name} has {len(data.strip())} bytes, too few for the text of a licence; put the whole text there"
+    elif _WEB_PAGE.match(data):
+        yield f"{entry.name} is a web page; put the text of the licence there"
 
 
 def card_faults(entry: Entry, kind: RepoKind) -> Iterator[str]:

@@ -23,7 +23,7 @@ from nla_hub.publish.guards.content import (
     is_executable,
     secrets_of,
 )
-from nla_hub.publish.guards.secret_forms import EMAILS, PATHS, RUN_IDS, TOKENS
+from nla_hub.publish.guards.secret_forms import EMAILS, PATHS, RUN_IDS, TOKENS, Rule
 from nla_hub.publish.release import Entry, Release, RepoKind
 from nla_hub.training.run import LABELS, STATE
 from nla_hub.training.stages import STAGES
@@ -36,6 +36,23 @@ SUFFIXES = (
 )
 DATA_SUFFIXES = (".parquet", ".jsonl", ".csv", ".html")
 """Of a data set besides."""
+
+_ENDS = frozenset(
+    (
+        *SUFFIXES,
+        *DATA_SUFFIXES,
+        *OTHER_WEIGHTS,
+        *PICKLE_SUFFIXES,
+        ".index",
+        ".log",
+        ".gz",
+        ".zip",
+        ".py",
+        ".sh",
+        ".ipynb",
+    )
+)
+"""Ends of names that are no domain of an e-mail address: `mean@L20.json`."""
 
 LICENCES = re.compile(r"(?:LICEN[CS]E|NOTICE|USE_POLICY|COPYING|ATTRIBUTION)[^/]*")
 """Names of licence texts; the addresses in them are their authors' own."""
@@ -79,26 +96,31 @@ def require_clean(release: Release, *, source: Path) -> None:
     Raises:
         PublishError: file, line and column of each: access tokens (also the account's own, compared by value), paths of
             people's directories and of this machine, e-mail addresses outside licence texts, host and user name, ids of
-            trackers' runs, notebooks with outputs, pickles; of what is sent also code, programs, hidden and unknown
-            files, and links that lead elsewhere. No secret is repeated in the message.
+            trackers' runs, also in the names of files; notebooks with outputs, pickles; of what is sent also code,
+            programs, hidden and unknown files, and links that lead elsewhere. No secret is repeated in the message.
     """
     rules = own_rules(source=source, public=_public_names(release), vocabularies=_vocabularies(release))
+    in_names = (*rules.tokens, *EMAILS)
     faults: list[str] = []
     sent: set[Path] = set()
     for repo in release.repos:
         for entry in repo.entries:
-            found = [*nature_faults(entry, repo.kind, source)]
+            named = [*_name_faults(entry.name, rules.all)]
+            found = [*named, *nature_faults(entry, repo.kind, source)]
             if not any(fault.startswith(_LINK) for fault in found):  # what it leads to is nobody's business
                 found += _content_faults(entry, _rules_for(entry, repo.kind, rules))
-            faults += [f"{_place(entry)}, {fault}" for fault in shorten(found)]
+            shown = secrets.mask(_place(entry), in_names) if named else _place(entry)
+            faults += [f"{shown}, {fault}" for fault in shorten(found)]
             if isinstance(entry.content, Path):
                 sent.add(entry.content.resolve())
     is_data = all(repo.kind == "dataset" for repo in release.repos)
     for place in _places(release, source):
         writer = _writer(place)
         for entry in _around(place, sent):
-            found = [*_bystander_faults(entry, writer, rules, data=is_data)]
-            faults += [f"{place / entry.name}, {fault}" for fault in shorten(found)]
+            named = [*_name_faults(entry.name, in_names)]
+            found = [*named, *_bystander_faults(entry, writer, rules, data=is_data)]
+            shown = secrets.mask(entry.name, in_names) if named else entry.name
+            faults += [f"{place / shown}, {fault}" for fault in shorten(found)]
     if faults:
         raise PublishError(
             f"This must not be published: {len(faults)} findings.",
@@ -153,6 +175,17 @@ def _place(entry: Entry) -> str:
 
 
 # -- what is sent --------------------------------------------------------------------------------------------
+
+
+def _name_faults(name: str, rules: Sequence[Rule]) -> Iterator[str]:
+    """What the names of a file and of its folders tell; what they end with is no part of an address."""
+    for part in PurePosixPath(name).parts:
+        stem = part
+        while PurePosixPath(stem).suffix.lower() in _ENDS:
+            stem = stem.removesuffix(PurePosixPath(stem).suffix)
+        data = os.fsencode(stem)
+        for start, end, rule in secrets.spans(data, rules):
+            yield f"its name: {rule.what} ({secrets.masked(data[start:end], rule)})"
 
 
 def nature_faults(entry: Entry, kind: RepoKind, source: Path) -> Iterator[str]:

@@ -59,15 +59,42 @@ def spans(data: bytes, rules: Sequence[Rule]) -> list[tuple[int, int, Rule]]:
     return chosen
 
 
-def search(pieces: Iterable[bytes], rules: Sequence[Rule]) -> Iterator[Finding]:
-    """What stands in a text that comes in pieces of any size (UTF-8, or UTF-16 with its mark); memory is a few pieces."""
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+"""Marks at the beginning of a text -> its encoding; that of UTF-32 begins with that of UTF-16."""
+
+MANY_NULS = 0.3
+"""Part of a text's bytes above which its letters have more than one byte: half of an English text in UTF-16 is NUL."""
+
+
+def wide_encoding(start: bytes) -> str | None:
+    """The encoding of a text whose letters have two or four bytes, by its mark or by where its NULs stand; else None."""
+    marked = next((name for mark, name in _MARKS.items() if start.startswith(mark)), None)
+    if marked is not None or start.count(0) <= MANY_NULS * len(start):
+        return marked
+    nuls = [start[n::4].count(0) for n in range(4)]
+    if 4 * min(nuls[1], nuls[2]) > 0.9 * len(start):
+        return "utf-32-le" if nuls[0] < nuls[3] else "utf-32-be"
+    return "utf-16-le" if nuls[0] + nuls[2] < nuls[1] + nuls[3] else "utf-16-be"
+
+
+def search(pieces: Iterable[bytes], rules: Sequence[Rule], *, encoding: str | None = None) -> Iterator[Finding]:
+    """What stands in a text that comes in pieces of any size; memory is a few pieces.
+
+    Args:
+        encoding: of the text, where it is not UTF-8; see `wide_encoding`.
+    """
     here = _Place()
     window, judged, told = (
         b"",
         0,
         0,
     )  # of the window, `judged` bytes were looked at, and `told` of them belong to a finding
-    for piece, last in _with_last(_as_utf8(pieces)):
+    for piece, last in _with_last(_as_utf8(pieces, encoding)):
         window += piece
         ready = len(window) if last else len(window) - LOOK_AHEAD
         if ready <= judged:
@@ -121,11 +148,9 @@ def _with_last(pieces: Iterator[bytes]) -> Iterator[tuple[bytes, bool]]:
         yield before, True
 
 
-def _as_utf8(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    decoder: codecs.IncrementalDecoder | None = None
-    for n, piece in enumerate(pieces):
-        if n == 0 and piece[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            decoder = codecs.getincrementaldecoder("utf-16")("replace")
+def _as_utf8(pieces: Iterable[bytes], encoding: str | None) -> Iterator[bytes]:
+    decoder = None if encoding is None else codecs.getincrementaldecoder(encoding)("replace")
+    for piece in pieces:
         yield piece if decoder is None else decoder.decode(piece).encode("utf-8", "replace")
 
 

@@ -1,4 +1,4 @@
-"""Weight files as they will be sent: headers that cover their file exactly, and every value finite.
+"""Weight files as they will be sent: headers that cover their file exactly, every value finite, no weight of zeros only.
 
 A file is read as bytes, wherever it lies, a few megabytes at a time: safetensors maps files, and a mapped file of 140 GB counts
 as memory in some containers. Nothing is copied.
@@ -7,6 +7,7 @@ as memory in some containers. Nothing is copied.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -39,6 +40,12 @@ _FLOATS = {
     "F8_E5M2": torch.float8_e5m2,
 }
 """Those that can be NaN or infinite; F4 and F6 have neither."""
+
+DESTROYED = "an export destroyed them; export them again from the checkpoint that they came from"
+"""What to do with values that are finite and yet nobody's weights."""
+
+_MAY_BE_ZERO = re.compile(r"lora_|zero")
+"""In names of matrices that may be all zeros: LoRA factors before the first step, zero points of packed weights."""
 
 EXPONENT_NAN = 0xFF
 """The one NaN of float8_e8m0, in which packed weights store the exponents of their scales (OCP MX specification 1.0)."""
@@ -106,20 +113,26 @@ class StoredFile:
         return sum(prod(part.shape) for part in self.parts.values())
 
     def value_faults(self) -> Iterator[str]:
-        """Every tensor with NaN or infinite values: how many, and the flat index of the first. Reads the whole file."""
+        """Every tensor with NaN or infinite values (how many, the flat index of the first), and every matrix of zeros only.
+
+        Reads the whole file.
+        """
         with self.entry.open() as stream:
             for name, part in self.parts.items():
                 stream.seek(self.start + part.begin)
                 if QUANT_STATE in name:
                     yield from _state_faults(name, stream.read(part.end - part.begin))
                     continue
-                bad, first, seen = 0, 0, 0
+                bad, first, seen, is_zero = 0, 0, 0, True
                 for values in _values(stream, name, part):
                     broken = _broken(values)
                     if broken is not None:
                         first = first if bad else seen + int(broken[0])
                         bad += len(broken)
                     seen += values.numel()
+                    is_zero = is_zero and _is_zero(values)
+                if seen and is_zero and len(part.shape) > 1 and not _MAY_BE_ZERO.search(name):
+                    yield f"{name}: all {seen:,} values are zero: {DESTROYED}"
                 if bad:
                     yield f"{name}: {bad:,} of {prod(part.shape):,} values are NaN or infinite, the first at flat index {first}"
 
@@ -184,6 +197,13 @@ def _values(stream: Any, name: str, part: Part) -> Iterator[Tensor]:
         else:
             assert dtype is not None
             yield torch.frombuffer(piece, dtype=dtype)
+
+
+def _is_zero(values: Tensor) -> bool:
+    """Whether all values are zero. Nearly every weight is told by its first ones, so no more of it are looked at."""
+    if values.element_size() == 1:  # the 8-bit floats cannot be compared
+        values = values.view(torch.uint8) & 0x7F  # but for the sign
+    return not bool((values[:1024] != 0).any()) and not bool((values != 0).any())
 
 
 def _broken(values: Tensor) -> Tensor | None:

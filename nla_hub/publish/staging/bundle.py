@@ -16,7 +16,7 @@ from nla_hub import hub
 from nla_hub.errors import HubError, PublishError
 from nla_hub.hub import HubOptions
 from nla_hub.loading import ar_prompt
-from nla_hub.locate import Ref, parse_name
+from nla_hub.locate import Ref, parse_name, zoo_ref
 from nla_hub.log import logger
 from nla_hub.opening import hub_name
 from nla_hub.prompts import AVPrompt
@@ -38,6 +38,7 @@ from nla_hub.sidecar import (
     Score,
     Sidecar,
 )
+from nla_hub.zoo import zoo
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 TAG = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)*", re.ASCII)
@@ -208,7 +209,15 @@ def _base_name(wanted: Wanted, prepared: Prepared) -> str:
             where=prepared.pair.name,
             next_step="name it: --base-model OWNER/NAME",
         )
-    return name.partition("@")[0]
+    return _known_as(name.partition("@")[0])
+
+
+def _known_as(name: str) -> str:
+    """What the packaged pair calls a base model that travels inside this package: a place in it is nothing to others."""
+    packaged = next((entry for entry in zoo().values() if entry.packaged and entry.base == name), None)
+    if packaged is None:
+        return name
+    return Sidecar.read(zoo_ref(packaged.av).fetch(HubOptions())).base_model or name
 
 
 def _licensor(prepared: Prepared, base_model: str) -> Ref | None:

@@ -15,8 +15,9 @@ from typing import Any, Literal
 from nla_hub import yaml_io
 from nla_hub.errors import PublishError
 from nla_hub.explain.schema import JOB, MANIFEST, PARTS
+from nla_hub.hub import HubOptions
 from nla_hub.layouts import Place, files_below, places
-from nla_hub.locate import resolve_pair
+from nla_hub.locate import PACKAGE_PREFIX, resolve_pair, zoo_ref
 from nla_hub.sidecar import SIDECAR_NAME, Role, named_role
 from nla_hub.training.run import CONFIG, StageDirectory, step_pairs
 from nla_hub.training.stages import STAGES
@@ -127,7 +128,7 @@ def _run(source: Path, config: Mapping[str, Any]) -> Found:
             next_step=f"nla-hub train {config['name']} -o {source} goes on where it stopped, with the settings that it was "
             "started with" + (f"; {source / EXPORT} can be published without a score" if missing == ["eval"] else ""),
         )
-    exported = source / EXPORT
+    exported = source.absolute() / EXPORT
     if lost := [role for role in ("av", "ar") if not (exported / role).is_dir()]:
         raise PublishError(
             "The exported pair is no longer there.", where=exported, got=f"without {' and '.join(lost)}/"
@@ -138,10 +139,16 @@ def _run(source: Path, config: Mapping[str, Any]) -> Found:
         source,
         exported / "av",
         exported / "ar",
-        beside if beside.is_dir() else None,
+        beside if beside.is_dir() else _packaged(config["base"]),
         dict(_factors(source, config)),
         step_pairs(StageDirectory(source / "rl")),
     )
+
+
+def _packaged(base: Mapping[str, Any]) -> Path | None:
+    """A base model that travels inside this package."""
+    name = base.get("model")
+    return zoo_ref(name).fetch(HubOptions()) if isinstance(name, str) and name.startswith(PACKAGE_PREFIX) else None
 
 
 def _factors(source: Path, config: Mapping[str, Any]) -> Iterator[tuple[Role, Path]]:
@@ -163,8 +170,10 @@ def _pair(source: Path, ar: Path | None) -> Found:
     base = None if refs.base is None else Path(refs.base.name)
     found: dict[Role, Path] = {}
     if own is not None:
-        role = _role(source, own)
-        found[role] = source.absolute()
+        # Beside what is called as its AR would be (or with one that the caller names), it is an AV.
+        role = _role(source, own, default=None if refs.ar is None else "av")
+        if role is not None:
+            found[role] = source.absolute()
         if role == "av" and refs.ar is not None:
             found["ar"] = Path(refs.ar.name)
         elif role == "ar" and (other := _named_for_av(source)) is not None:
@@ -189,7 +198,7 @@ def _below(source: Path, here: list[Place]) -> dict[Role, Path]:
     roles: tuple[Role, Role] = ("av", "ar")
     found: dict[Role, Path] = {r: source.absolute() / r for r in roles if any(p.folder == r for p in here)}
     for role in roles:
-        candidates = [p.folder for p in here if p.folder != "source" and _role(source, p, default=None) == role]
+        candidates = [p.folder for p in here if p.folder != "source" and _role(source, p) == role]
         if role in found:
             continue
         if len(candidates) > 1:
@@ -204,7 +213,7 @@ def _below(source: Path, here: list[Place]) -> dict[Role, Path]:
     return found
 
 
-def _role(source: Path, place: Place, default: Role | None = "av") -> Any:
+def _role(source: Path, place: Place, default: Role | None = None) -> Role | None:
     """What a folder is: what its files prove, what its own sidecar says, else `default`."""
     if place.role is not None:
         return place.role

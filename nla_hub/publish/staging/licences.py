@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nla_hub import hub, resources
-from nla_hub.errors import HubError, PublishError
+from nla_hub.errors import HubError, PublishError, did_you_mean
 from nla_hub.hub import HubOptions
 from nla_hub.locate import Ref
 from nla_hub.log import logger
@@ -213,12 +213,17 @@ def parsed(chosen: str) -> Licence:
     """
     if named := _NAMED.fullmatch(chosen):
         return Licence("other", named["name"].lower(), named["link"])
-    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", chosen.lower()) or chosen.lower() in ("other", "unknown"):
+    from nla_hub.publish.card.vocabulary import LICENCES  # here: cards are written with this module
+
+    known = LICENCES - {"other", "unknown"}
+    if chosen.lower() not in known:
+        near = [f"--licence {one}" for one in did_you_mean(chosen, known)]
         raise PublishError(
             "This is no licence that the Hub knows.",
             got=repr(chosen),
             expected="an identifier such as apache-2.0, mit, gemma, llama3.3, or NAME=https://LINK",
-            next_step="--licence ID; the Hub's identifiers are listed in its documentation of model cards",
+            next_step=(f"did you mean {' or '.join(near)}?" if near else "--licence ID")
+            + " The identifiers: https://huggingface.co/docs/hub/repositories-licenses",
         )
     return Licence(chosen.lower())
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from math import prod
 from pathlib import Path
 
-from nla_hub.errors import HubError
+from nla_hub.errors import HubError, PublishError
 from nla_hub.evaluation import EvalResult
 from nla_hub.evaluation.protocols import PROTOCOLS
 from nla_hub.log import logger
@@ -20,8 +20,9 @@ from nla_hub.publish.staging.found import Found
 from nla_hub.publish.staging.half_files import weight_files
 from nla_hub.publish.staging.run_facts import RunFacts
 from nla_hub.sidecar import Score
+from nla_hub.training.run import DONE
 from nla_hub.training.splits import EVALUATION_NAME
-from nla_hub.weights import HEAD_NAME, StoredTensor, read_header
+from nla_hub.weights import HEAD_NAME, StoredTensor, file_hashes, read_header
 
 DTYPES = {
     "F64": "float64",
@@ -82,6 +83,8 @@ def evaluated(
     """
     of_factors = prepared.form == "lora" and bool(found.factors)  # the run measured what they were merged into
     if not prepared.changed and not of_factors:
+        if run is not None and run.evaluation is not None:
+            _require_measured(prepared, run)
         return None if run is None else run.evaluation
     if not measure or (asked := _protocol(found, prepared, run)) is None:
         return None
@@ -97,6 +100,23 @@ def evaluated(
     except HubError as error:
         logger.warning("Not measured, because the base model is not to be had: %s", error.one_line())
         return None
+
+
+def _require_measured(prepared: Prepared, run: RunFacts) -> None:
+    """Raise a PublishError where weights are no longer those that the run measured, as far as it recorded which."""
+    changed = []
+    for role in ROLES:
+        directory, told = prepared.half(role).files.directory, run.measured_weights.get(role, {})
+        if told and file_hashes(directory) != told:
+            changed.append(f"{role.upper()}: {directory} holds other weights than the stage eval measured")
+    if changed:
+        raise PublishError(
+            "The scores of this run are not of these weights.",
+            where=run.run,
+            faults=changed,
+            next_step=f"restore the weights, or measure these: rm {run.run / 'eval' / DONE}, then the nla-hub train command of "
+            "the run again",
+        )
 
 
 def rounded(score: Score | None) -> Score | None:

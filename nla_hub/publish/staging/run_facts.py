@@ -52,6 +52,7 @@ class RunFacts:
         corpora_commits: data set of the Hub -> the commit that was read.
         steps: "step-000400" -> directory of the pair after so many steps of reinforcement learning (`rl.export_every`).
         versions: package -> version that the last stage ran with; {} where none was recorded.
+        measured_weights: role -> file -> sha256 of the weights that `evaluation` is of; {} where none was recorded.
         rehearsal: whether sizes were cut, so that the weights are worth nothing.
         unfinished: a sentence for each stage that is not done.
     """
@@ -67,6 +68,7 @@ class RunFacts:
     corpora_commits: Mapping[str, str]
     steps: Mapping[str, Path]
     versions: Mapping[str, str]
+    measured_weights: Mapping[str, Mapping[str, str]]
     rehearsal: bool
     unfinished: tuple[str, ...]
 
@@ -135,6 +137,7 @@ class _Reader:
             corpora_commits={data: commit for data, commit in commits.items() if commit is not None},
             steps=step_pairs(StageDirectory(self.run / "rl")),
             versions=_versions(record),
+            measured_weights=mapping_of(record.stages["eval"].summary, "weights"),
             rehearsal=record.rehearsal,
             unfinished=tuple(_unfinished(record)),
         )
