@@ -205,6 +205,19 @@ def test_a_dry_run_writes_nothing_anywhere(world: HubWorld, pair: Path, tmp_path
     assert world.requests and {request.method for request in world.requests} == {"GET"}
 
 
+def test_a_stray_file_is_refused_with_the_line_of_what_it_gives_away(
+    here: HubWorld, pair: Path, tmp_path: Path
+) -> None:
+    pair = shutil.copytree(pair, tmp_path / "pair")
+    (pair / "av" / "notes.txt").write_text("first\nwrite to jo@uni.edu\n")
+    (pair / "ar" / "run.ipynb").write_text(json.dumps({"nbformat": 4, "cells": [{"outputs": [{"text": "1"}]}]}))
+    done = push(pair, "--yes")
+    assert done.exit_code == 1
+    assert f"{pair}/av/notes.txt, line 2, column 10: an e-mail address (...@uni.edu)" in done.stderr
+    assert "notes.txt is no part of a release" in done.stderr and "run.ipynb, line 1" in done.stderr
+    assert here.written() == []
+
+
 def test_a_dry_run_needs_neither_hub_nor_token(
     here: HubWorld, pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,6 +25,7 @@ from nla_hub.publish.release import Release
 from nla_hub.publish.staging import bundle, naming
 from nla_hub.publish.staging.bundle import Wanted
 from nla_hub.publish.staging.found import EXPORT, Found, find
+from nla_hub.weights import shorten
 
 if TYPE_CHECKING:
     from nla_hub.loading import Pair
@@ -151,7 +152,7 @@ def prepared(
         else:
             if wanted.repo is None or "/" not in wanted.repo:
                 wanted = replace(wanted, owner=_owner(writer, dry_run=dry_run))
-            parts = tuple(_pair_parts(found, wanted, options, hub, place))
+            parts = _staged(found, wanted, options, hub, place)
         checked: list[str] = []
         for part in parts:
             scrub.require_clean(part.release, source=found.path)
@@ -173,6 +174,17 @@ def _owner(writer: HubWriter, *, dry_run: bool) -> str:
         if dry_run:
             return ANYBODY
         raise
+
+
+def _staged(found: Found, wanted: Wanted, options: PushOptions, hub: HubOptions, work: Path | None) -> tuple[Part, ...]:
+    """The parts of a pair; a refusal also says what else must not be published from there, all at once."""
+    try:
+        return tuple(_pair_parts(found, wanted, options, hub, work))
+    except PublishError as refusal:
+        if not (secrets := scrub.findings(found.path)):
+            raise
+        faults = [*refusal.faults, *shorten(secrets, at_most=40)]
+        raise PublishError(refusal.what, where=refusal.where, faults=faults, next_step=scrub.REVOKE) from refusal
 
 
 def _pair_parts(

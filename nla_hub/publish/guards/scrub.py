@@ -115,12 +115,7 @@ def require_clean(release: Release, *, source: Path) -> None:
                 sent.add(entry.content.resolve())
     is_data = all(repo.kind == "dataset" for repo in release.repos)
     for place in _places(release, source):
-        writer = _writer(place)
-        for entry in _around(place, sent):
-            named = [*_name_faults(entry.name, in_names)]
-            found = [*named, *_bystander_faults(entry, writer, rules, data=is_data)]
-            shown = secrets.mask(entry.name, in_names) if named else entry.name
-            faults += [f"{place / shown}, {fault}" for fault in shorten(found)]
+        faults += _lying_around(place, sent, rules, data=is_data)
     if faults:
         raise PublishError(
             f"This must not be published: {len(faults)} findings.",
@@ -128,6 +123,21 @@ def require_clean(release: Release, *, source: Path) -> None:
             faults=shorten(faults, at_most=60),
             next_step=REVOKE,
         )
+
+
+def findings(source: Path) -> list[str]:
+    """The same of a directory that cannot be staged: what lies there, with file and line."""
+    return [*_lying_around(source, set(), own_rules(source=source), data=False)]
+
+
+def _lying_around(place: Path, sent: set[Path], rules: Rules, *, data: bool) -> Iterator[str]:
+    in_names = (*rules.tokens, *EMAILS)
+    writer = _writer(place)
+    for entry in _around(place, sent):
+        named = [*_name_faults(entry.name, in_names)]
+        found = [*named, *_bystander_faults(entry, writer, rules, data=data)]
+        shown = secrets.mask(entry.name, in_names) if named else entry.name
+        yield from (f"{place / shown}, {fault}" for fault in shorten(found))
 
 
 def mask(text: str) -> str:
