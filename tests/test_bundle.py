@@ -280,7 +280,7 @@ def test_weights_that_are_not_canonical_are_written_anew(
 
 
 def test_a_file_that_is_too_large_is_divided(pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forms, "LARGEST", 1000)
+    monkeypatch.setattr(forms, "LARGEST_FILE", 1000)
     assert "larger" in forms.rewriting(forms.opened(pair / "av", pair / "ar", None, OPTIONS).av)[0]  # type: ignore[arg-type]
     assert half(staged(pair), "av").to_be_written
 

@@ -63,6 +63,20 @@ COMMIT_SMALL_BYTES = 32 * 2**20
 """Bytes of such files in one commit."""
 
 
+@dataclass(frozen=True)
+class PullRequest:
+    """A pull request: its number, the ref that its commits go to (refs/pr/N), its page."""
+
+    number: int
+    ref: str
+    url: str
+
+    @classmethod
+    def of(cls, found: Any) -> PullRequest:
+        """What the client says of one."""
+        return cls(found.num, found.git_reference, found.url)
+
+
 def first_batch(files: Sequence[Outgoing], most: int) -> list[Outgoing]:
     """The first files, as many as go into one commit; one at least."""
     taken: list[Outgoing] = []

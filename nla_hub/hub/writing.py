@@ -10,7 +10,6 @@ A copy names main's commit, and is refused (412) where that is no longer main's.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -22,6 +21,7 @@ from nla_hub.hub.collections import collect
 from nla_hub.hub.commits import (
     COMMIT_FILES,
     Outgoing,
+    PullRequest,
     RemoteFile,
     RepoKind,
     Tree,
@@ -37,15 +37,6 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 __all__ = ["HubWriter", "Outgoing", "Progress", "PullRequest", "RemoteFile", "RepoKind", "Tree"]
-
-
-@dataclass(frozen=True)
-class PullRequest:
-    """A pull request: its number, the ref that its commits go to (refs/pr/N), its page."""
-
-    number: int
-    ref: str
-    url: str
 
 
 Progress = Callable[[str, int], None]
@@ -283,10 +274,10 @@ class HubWriter:
             same = [
                 d for d in found if d.is_pull_request and d.title == title.strip() and d.status in ("draft", "open")
             ]
-            return _request(same[0]) if same else None
+            return PullRequest.of(same[0]) if same else None
 
         def make() -> PullRequest:
-            return _request(self._api.create_pull_request(repo, title, description=description, repo_type=kind))
+            return PullRequest.of(self._api.create_pull_request(repo, title, description=description, repo_type=kind))
 
         return there() or persist(make, where=repo, settled=there)
 
@@ -399,7 +390,3 @@ class HubWriter:
             return str(done.oid)
 
         return persist(act, where=place(repo, revision), settled=settled)
-
-
-def _request(found: Any) -> PullRequest:
-    return PullRequest(found.num, found.git_reference, found.url)

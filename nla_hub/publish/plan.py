@@ -21,8 +21,6 @@ State = Literal["new", "changed", "unchanged", "sent", "removed", "not asked"]
 GIT_ATTRIBUTES = ".gitattributes"
 """The Hub's own list of what it keeps as large files; it is in every repository and in no release."""
 
-BRANCHES = UPLOAD_BRANCHES
-
 
 @dataclass(frozen=True)
 class PushOptions:
@@ -136,7 +134,7 @@ class Plan:
 
 def branch_of(release: Release) -> str:
     """The branch that a release is sent to."""
-    return f"{BRANCHES}{release.id}"
+    return f"{UPLOAD_BRANCHES}{release.id}"
 
 
 def outgoing(entry: Entry) -> Outgoing:
@@ -283,7 +281,7 @@ def _remote(repo: StagedRepo, release: Release, options: PushOptions, writer: Hu
         main if options.target == "main" else tree(options.target, branches),
         tree(mine, branches),
         tree(release.tag, tags),
-        tuple(sorted(name for name in branches if name.startswith(BRANCHES) and name != mine)),
+        tuple(sorted(name for name in branches if name.startswith(UPLOAD_BRANCHES) and name != mine)),
     )
 
 

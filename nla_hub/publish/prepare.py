@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nla_hub.errors import HubAuthError, HubError, HubGatedError, InputError, PublishError
-from nla_hub.hub import HubOptions
+from nla_hub.hub import UPLOAD_BRANCHES, HubOptions
 from nla_hub.hub.writing import HubWriter
 from nla_hub.publish.check import LocalPair
 from nla_hub.publish.data import datasets
 from nla_hub.publish.facts import Form, Quantised
 from nla_hub.publish.guards import scrub, verify
-from nla_hub.publish.plan import BRANCHES, Plan, PushOptions, Verify, look, make_plan, unasked_plan
+from nla_hub.publish.plan import Plan, PushOptions, Verify, look, make_plan, unasked_plan
 from nla_hub.publish.push import Listener, Pushed, push
 from nla_hub.publish.release import Release
 from nla_hub.publish.staging import bundle, naming
@@ -108,8 +108,8 @@ def require_options(options: PushOptions, wanted: Wanted) -> None:
             "leave --collection or --create-pr out",
         ),
         (
-            (options.revision or "").startswith((BRANCHES, "refs/")),
-            f"branches {BRANCHES}* and refs/* have other uses",
+            (options.revision or "").startswith((UPLOAD_BRANCHES, "refs/")),
+            f"branches {UPLOAD_BRANCHES}* and refs/* have other uses",
             "name another branch with --revision, or leave it out for main",
         ),
     ):

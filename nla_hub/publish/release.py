@@ -22,6 +22,9 @@ RepoKind = Literal["model", "dataset"]
 RepoRole = Literal["av", "ar", "pair", "data"]
 """What a repository of a release holds: one half, both in folders, or a data set."""
 
+LARGEST_FILE = 50 * 10**9
+"""Bytes that the Hub takes a file (https://huggingface.co/docs/hub/repositories-recommendations)."""
+
 CHUNK = 2**22
 """Bytes read at a time."""
 

@@ -20,11 +20,10 @@ from nla_hub.evaluation.facts import GATE_ROWS
 from nla_hub.evaluation.protocol_rows import ProtocolRows, capture_protocol
 from nla_hub.evaluation.protocols import Protocol
 from nla_hub.explain.inputs.tables import CONTEXT, LAYER, LENGTH, VECTOR
-from nla_hub.hub import HubOptions
+from nla_hub.hub import UPLOAD_BRANCHES, HubOptions
 from nla_hub.hub.data_files import dataset_files, open_dataset_file
 from nla_hub.hub.writing import HubWriter
 from nla_hub.publish.data.activations import DOCUMENT, sidecar_of
-from nla_hub.publish.plan import BRANCHES
 from nla_hub.training.data import write_meta, write_tables
 
 if TYPE_CHECKING:
@@ -166,7 +165,7 @@ def is_published(repo: str, protocol: Protocol, *, base_model: str, layer: int, 
     if wrong:
         raise _another(repo, wrong)
     branches, _ = HubWriter(options).refs(repo, "dataset")
-    return not any(name.startswith(BRANCHES) for name in branches)
+    return not any(name.startswith(UPLOAD_BRANCHES) for name in branches)
 
 
 def _differences(told: Mapping[str, Any], protocol: Protocol, base_model: str, layer: int) -> list[str]:

@@ -9,13 +9,10 @@ from nla_hub import yaml_io
 from nla_hub.errors import SidecarError
 from nla_hub.publish.card import metadata_faults
 from nla_hub.publish.facts import ReleaseFacts
-from nla_hub.publish.release import Entry, Release, RepoKind, StagedRepo
+from nla_hub.publish.release import LARGEST_FILE, Entry, Release, RepoKind, StagedRepo
 from nla_hub.sidecar import SIDECAR_NAME, Role, Sidecar
 
 CARD_NAME = "README.md"
-
-LARGEST = 50 * 10**9
-"""Bytes of one file that the Hub takes (https://huggingface.co/docs/hub/repositories-recommendations)."""
 
 _ILLEGAL = re.compile(r'[\x00-\x1f\x7f\\:*?"<>|]')
 """Characters that git or a file system of those who download has no place for."""
@@ -49,8 +46,8 @@ def name_faults(repo: StagedRepo) -> Iterator[str]:
         other = folded.setdefault(entry.name.lower(), entry.name)
         if other != entry.name:
             yield f"{entry.name} and {other} are one file where capitals do not count"
-        if entry.size > LARGEST:
-            yield f"{entry.name}: {entry.size:,} bytes, and the Hub takes {LARGEST:,} a file: save it in shards"
+        if entry.size > LARGEST_FILE:
+            yield f"{entry.name}: {entry.size:,} bytes, and the Hub takes {LARGEST_FILE:,} a file: save it in shards"
     names = [entry.name for entry in repo.entries]
     yield from (f"{name} stands twice" for name in sorted({n for n in names if names.count(n) > 1}))
     if CARD_NAME not in {*names, *repo.to_be_written}:

@@ -159,7 +159,7 @@ def _staged(
     entries = {role: _entries(prepared, role, base_model) for role in ROLES}
     id = release_id([e for role in ROLES for e in entries[role]]) if not prepared.to_be_written else None
     tag = wanted.tag or f"nla-{id or NOT_YET}"
-    evaluation = evaluated(found, prepared, base_model, run, measure=wanted.measure and work is not None)
+    evaluation = evaluated(found, prepared, entries, base_model, run, measure=wanted.measure and work is not None)
     facts = ReleaseFacts(
         names=ReleaseNames(names.av, names.ar, tag),
         release_id=id or NOT_YET,

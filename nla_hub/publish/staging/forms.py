@@ -17,13 +17,11 @@ from nla_hub.loading import Pair, denies_head, open_pair
 from nla_hub.locate import Ref, resolve_pair
 from nla_hub.opening import Half
 from nla_hub.publish.facts import Form, Quantised
+from nla_hub.publish.release import LARGEST_FILE
 from nla_hub.publish.staging.found import Found
 from nla_hub.publish.staging.half_files import weight_files
 from nla_hub.sidecar import Role
 from nla_hub.weights import INDEX_NAME, WEIGHTS_NAME, WeightIndex, matches
-
-LARGEST = 50 * 10**9
-"""Bytes of a single file that the Hub's documentation recommends not to exceed."""
 
 ROLES: tuple[Role, Role] = ("av", "ar")
 
@@ -164,10 +162,10 @@ def rewriting(half: Half) -> list[str]:
     if not_needed := [name for name in stored if matches(name, unused)]:
         reasons.append(f"{len(not_needed)} weights are not needed ({not_needed[0]})")
     large = [
-        name for name in weight_files(directory, "model", half.role) if (directory / name).stat().st_size > LARGEST
+        name for name in weight_files(directory, "model", half.role) if (directory / name).stat().st_size > LARGEST_FILE
     ]
     if large:
-        reasons.append(f"{large[0]} is larger than {LARGEST // 10**9} GB")
+        reasons.append(f"{large[0]} is larger than {LARGEST_FILE // 10**9} GB")
     return reasons
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -15,14 +15,15 @@ from nla_hub.evaluation.protocols import PROTOCOLS
 from nla_hub.log import logger
 from nla_hub.opening import Half
 from nla_hub.publish.facts import Quantised
+from nla_hub.publish.release import Entry
 from nla_hub.publish.staging.forms import ROLES, Prepared
 from nla_hub.publish.staging.found import Found
 from nla_hub.publish.staging.half_files import weight_files
 from nla_hub.publish.staging.run_facts import RunFacts
-from nla_hub.sidecar import Score
+from nla_hub.sidecar import Role, Score
 from nla_hub.training.run import DONE
 from nla_hub.training.splits import EVALUATION_NAME
-from nla_hub.weights import HEAD_NAME, StoredTensor, file_hashes, read_header
+from nla_hub.weights import HEAD_NAME, REFERENCE_NAME, StoredTensor, read_header
 
 DTYPES = {
     "F64": "float64",
@@ -75,7 +76,13 @@ def count_values(half: Half) -> int:
 
 
 def evaluated(
-    found: Found, prepared: Prepared, base_model: str, run: RunFacts | None, *, measure: bool
+    found: Found,
+    prepared: Prepared,
+    entries: Mapping[Role, Sequence[Entry]],
+    base_model: str,
+    run: RunFacts | None,
+    *,
+    measure: bool,
 ) -> EvalResult | None:
     """The result that was measured on exactly these weights: the run's own, or for new weights one made now.
 
@@ -84,7 +91,7 @@ def evaluated(
     of_factors = prepared.form == "lora" and bool(found.factors)  # the run measured what they were merged into
     if not prepared.changed and not of_factors:
         if run is not None and run.evaluation is not None:
-            _require_measured(prepared, run)
+            _require_measured(entries, run)
         return None if run is None else run.evaluation
     if not measure or (asked := _protocol(found, prepared, run)) is None:
         return None
@@ -102,13 +109,15 @@ def evaluated(
         return None
 
 
-def _require_measured(prepared: Prepared, run: RunFacts) -> None:
+def _require_measured(entries: Mapping[Role, Sequence[Entry]], run: RunFacts) -> None:
     """Raise a PublishError where weights are no longer those that the run measured, as far as it recorded which."""
     changed = []
     for role in ROLES:
-        directory, told = prepared.half(role).files.directory, run.measured_weights.get(role, {})
-        if told and file_hashes(directory) != told:
-            changed.append(f"{role.upper()}: {directory} holds other weights than the stage eval measured")
+        files = [e for e in entries[role] if e.name.endswith(".safetensors") and not e.name.endswith(REFERENCE_NAME)]
+        hashes = {e.name.rpartition("/")[2]: e.sha256 for e in files}  # taken for the release's id anyway
+        if hashes != run.measured_weights.get(role, hashes):
+            lies = run.pair / role if run.pair is not None else role
+            changed.append(f"{role.upper()}: {lies} holds other weights than the stage eval measured")
     if changed:
         raise PublishError(
             "The scores of this run are not of these weights.",
